@@ -37,10 +37,11 @@ def flag(
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
+    below: float | None = None,
     many: bool = False,
 ) -> Any:
     """A dataclass field with what the command line needs to know: help, allowed values, inclusive or open bounds."""
-    metadata = dict(help=help, choices=choices, at_least=at_least, above=above, at_most=at_most, many=many)
+    metadata = dict(help=help, choices=choices, at_least=at_least, above=above, at_most=at_most, below=below, many=many)
     if many:
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -122,8 +123,8 @@ class OptimizerConfig:
     learning_rate: float = flag(1e-4, "peak learning rate", above=0)
     lr_scheduler: str = flag("constant", "learning-rate schedule, as in diffusers", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up (schedules that have one)", at_least=0)
-    adam_beta1: float = flag(0.9, "AdamW beta 1", at_least=0, at_most=1)
-    adam_beta2: float = flag(0.999, "AdamW beta 2", at_least=0, at_most=1)
+    adam_beta1: float = flag(0.9, "AdamW beta 1", at_least=0, below=1)
+    adam_beta2: float = flag(0.999, "AdamW beta 2", at_least=0, below=1)
     adam_epsilon: float = flag(1e-15, "AdamW epsilon", above=0)
     adam_weight_decay: float = flag(1e-2, "AdamW weight decay", at_least=0)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
@@ -138,7 +139,9 @@ class RunConfig:
     preset: str | None = flag(None, "tiny: the embedded model and its generated data set", choices=("tiny",))
     output_dir: str = flag("output", "folder for checkpoints, metrics.jsonl and rejects.jsonl")
     logging_dir: str = flag("logs", "TensorBoard folder, inside --output_dir unless absolute")
-    report_to: str = flag("tensorboard", "where metrics go beside metrics.jsonl", choices=("tensorboard", "none"))
+    report_to: str = flag(
+        "tensorboard", "where metrics go beside metrics.jsonl", choices=("tensorboard", "wandb", "all", "none")
+    )
     log_interval: int = flag(1, "optimizer steps between two log entries", at_least=1)
     seed: int = flag(42, "seed of everything that is drawn", at_least=0)
     max_train_steps: int | None = flag(None, "optimizer steps; wins over --num_train_epochs", at_least=1)
@@ -204,6 +207,56 @@ class SampleConfig:
     caption_refiner: str | None = flag(None, "folder of a chat model that rewrites prompts (not in this version)")
     sp: bool = flag(False, "all GPUs work on one clip (not in this version)")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+
+
+TINY_FOLDER = "tiny"
+
+# What `--preset NAME` sets; a flag on the command line wins over it.
+TRAIN_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        data=f"{TINY_FOLDER}/data/data.txt",
+        num_frames=17,
+        max_height=64,
+        max_width=64,
+        force_resolution=True,
+        hw_stride=16,
+        group_data=True,
+        dataloader_num_workers=2,
+        model="tiny",
+        text_encoder_name_1=f"{TINY_FOLDER}/text_encoder",
+        model_max_length=24,
+        ae="tiny",
+        ae_path=f"{TINY_FOLDER}/vae",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        learning_rate=2e-3,
+        lr_warmup_steps=20,
+        lr_scheduler="constant_with_warmup",
+        train_batch_size=16,
+        max_train_steps=400,
+        checkpointing_steps=100,
+        checkpoints_total_limit=2,
+        use_ema=True,
+        ema_decay=0.98,
+        output_dir=f"{TINY_FOLDER}/run",
+    )
+}
+SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        model_path=f"{TINY_FOLDER}/run",
+        text_encoder_name_1=f"{TINY_FOLDER}/text_encoder",
+        max_sequence_length=24,
+        ae="tiny",
+        ae_path=f"{TINY_FOLDER}/vae",
+        num_frames=17,
+        height=64,
+        width=64,
+        fps=12,
+        num_sampling_steps=20,
+        guidance_scale=4.0,
+        save_img_path=f"{TINY_FOLDER}/samples",
+    )
+}
 
 
 @dataclass

@@ -1,0 +1,106 @@
+"""Settings that depend on each other: what contradicts ends in a `UserError`, what is overruled in a notice."""
+
+from osp_fast.config import DataConfig, SampleConfig, TrainConfig
+from osp_fast.errors import UserError
+
+FRAME_STEP = 4  # the VAE's temporal stride: clips have 4n + 1 frames
+PIXEL_STEP = 16  # the VAE's spatial stride 8 times the DiT's patch 2
+RELEASED_PIXEL_STEP = 32  # what the released checkpoints were trained on
+
+
+def check_train(config: TrainConfig) -> list[str]:
+    """Check a training configuration; returns notices, one line each. Raises `UserError` on a contradiction."""
+    data, run = config.data, config.run
+    if not data.data:
+        raise UserError("--data is missing: name a data.txt, or use --preset tiny for the generated data set")
+    if data.sample_rate != 1:
+        raise UserError(
+            f"--sample_rate {data.sample_rate} is not supported: the frame step follows from --train_fps, "
+            f"so use --sample_rate 1 --train_fps {data.train_fps / data.sample_rate:g}"
+        )
+    check_frames("--num_frames", data.num_frames)
+    notices = check_sizes(data)
+    if config.diffusion.rf_scheduler:
+        for name, is_set in (
+            ("--snr_gamma", config.diffusion.snr_gamma is not None),
+            ("--rescale_betas_zero_snr", config.diffusion.rescale_betas_zero_snr),
+            ("--prediction_type", config.diffusion.prediction_type != "epsilon"),
+        ):
+            if is_set:
+                notices.append(f"{name} has no effect with --rf_scheduler, which predicts the flow's velocity")
+    if run.report_to in ("wandb", "all"):
+        notices.append(f"--report_to {run.report_to}: metrics go to TensorBoard and metrics.jsonl, nothing is uploaded")
+    if run.train_sp_batch_size != 1 and run.sp_size == 1:
+        notices.append("--train_sp_batch_size has no effect with --sp_size 1; --train_batch_size counts")
+    if run.resume_from_checkpoint and config.model.pretrained:
+        notices.append("--resume_from_checkpoint overrides --pretrained when a checkpoint is found")
+    return notices
+
+
+def check_sizes(data: DataConfig) -> list[str]:
+    """Check the three ways to bound the resolution; returns notices. Raises `UserError`."""
+    notices = []
+    if data.hw_stride % PIXEL_STEP:
+        raise UserError(
+            f"--hw_stride {data.hw_stride} is not a multiple of {PIXEL_STEP}, the size of a token in pixels"
+        )
+    for low, high in (("min_height", "min_width"), ("max_height", "max_width")):
+        if (getattr(data, low) is None) != (getattr(data, high) is None):
+            raise UserError(f"--{low} and --{high} go together: give both or neither")
+    if data.max_hxw is None and data.max_height is None:
+        raise UserError("no size is given: use --max_height and --max_width, or --max_hxw")
+    if data.force_resolution:
+        if data.max_height is None:
+            raise UserError("--force_resolution needs --max_height and --max_width")
+        for name in ("max_height", "max_width"):
+            check_multiple(f"--{name}", getattr(data, name), data.hw_stride, "--hw_stride")
+        for name in ("max_hxw", "min_hxw", "min_height", "min_width"):
+            if getattr(data, name) is not None:
+                notices.append(f"--{name} has no effect with --force_resolution")
+        return notices
+    if data.min_hxw is not None and data.max_hxw is None:
+        raise UserError("--min_hxw needs --max_hxw")
+    if data.max_hxw is not None:
+        if data.min_hxw is not None and data.min_hxw > data.max_hxw:
+            raise UserError(f"--min_hxw {data.min_hxw} is greater than --max_hxw {data.max_hxw}")
+        if data.max_height is not None:
+            notices.append("--max_height and --max_width have no effect with --max_hxw")
+        return notices
+    if data.min_height is not None:
+        for side in ("height", "width"):
+            low, high = getattr(data, f"min_{side}"), getattr(data, f"max_{side}")
+            if low > high:
+                raise UserError(f"--min_{side} {low} is greater than --max_{side} {high}")
+    return notices
+
+
+def check_sample(config: SampleConfig) -> list[str]:
+    """Check a sampling configuration; returns notices, one line each. Raises `UserError` on a contradiction."""
+    if not config.text_prompt:
+        raise UserError("--text_prompt is missing: give prompts, or one .txt file with a prompt per line")
+    for name in ("model_path", "ae_path", "text_encoder_name_1"):
+        if not getattr(config, name):
+            raise UserError(f"--{name} is missing: name a folder, or use --preset tiny")
+    check_frames("--num_frames", config.num_frames)
+    step = PIXEL_STEP if config.ae == "tiny" else RELEASED_PIXEL_STEP
+    check_multiple("--height", config.height, step)
+    check_multiple("--width", config.width, step)
+    flow = config.sample_method == "FlowMatchEulerDiscrete"
+    if flow and (config.prediction_type or config.rescale_betas_zero_snr):
+        return ["--prediction_type and --rescale_betas_zero_snr have no effect with FlowMatchEulerDiscrete"]
+    return []
+
+
+def check_frames(flag: str, frames: int) -> None:
+    """Raise `UserError` unless `frames` is 4n + 1."""
+    if (frames - 1) % FRAME_STEP:
+        below = (frames - 1) // FRAME_STEP * FRAME_STEP + 1
+        raise UserError(f"{flag} {frames} is not of the form 4n+1: use {below} or {below + FRAME_STEP}")
+
+
+def check_multiple(flag: str, size: int, step: int, source: str = "the model's stride") -> None:
+    """Raise `UserError` unless `size` pixels is a multiple of `step`."""
+    if size % step:
+        below = size // step * step
+        choice = f"{below} or {below + step}" if below else f"{step}"
+        raise UserError(f"{flag} {size} is not a multiple of {step} ({source}): use {choice}")
