@@ -1,0 +1,1 @@
+"""The networks: mathematics only, over the operations in `osp_fast.kernels`."""

@@ -1,0 +1,298 @@
+"""The diffusion transformer of Open-Sora-Plan v1.3: AdaLN-single blocks with skiparse attention and 3D RoPE.
+
+Shape suffixes: b batch, c latent channels, t frames, h rows, w columns, n tokens, d width = heads * head dimension.
+Parameters of one product are fused (q, k, v; k, v of the text); checkpoints keep them apart under their own names.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from osp_fast.kernels.adaln import gate_residual_ref, norm_modulate_ref
+from osp_fast.kernels.rope3d import rope3d_table
+from osp_fast.models.attention import CrossAttention, SelfAttention
+from osp_fast.models.weights import PretrainedModel
+from osp_fast.seeding import torch_generator
+
+# Blocks strictly between these are skiparse: part of the architecture, whatever the number of layers.
+FIRST_DENSE, LAST_DENSE = 1, 30
+HEAD_NORM_EPS = 1e-6
+TIME_CHANNELS = 256
+# Our parts of a block -> checkpoint names; a tuple is split evenly along the output features.
+CHECKPOINT_NAMES = {
+    "self_attention.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "self_attention.out": ("attn1.to_out.0",),
+    "cross_attention.q": ("attn2.to_q",),
+    "cross_attention.kv": ("attn2.to_k", "attn2.to_v"),
+    "cross_attention.out": ("attn2.to_out.0",),
+    "ff.0": ("ff.net.0.proj",),
+    "ff.2": ("ff.net.2",),
+}
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The architecture, under the names of config.json; the defaults are the released 2.7 B model's."""
+
+    num_layers: int = 32
+    num_attention_heads: int = 24
+    attention_head_dim: int = 96
+    in_channels: int = 8
+    out_channels: int = 8
+    patch_size_t: int = 1
+    patch_size: int = 2
+    caption_channels: int = 4096
+    cross_attention_dim: int | None = 2304  # always the width; kept for config.json
+    norm_eps: float = 1e-6
+    norm_elementwise_affine: bool = False
+    sparse1d: bool = True
+    sparse_n: int = 4
+    interpolation_scale_t: float = 1.0
+    interpolation_scale_h: float = 1.0
+    interpolation_scale_w: float = 1.0
+    sample_size_t: Any = None  # latent size of the training data; informative
+    sample_size_h: Any = None
+    sample_size_w: Any = None
+
+    def __post_init__(self) -> None:
+        if self.attention_head_dim % 6:
+            raise ValueError(f"attention_head_dim {self.attention_head_dim} is not a multiple of 6, as 3D RoPE needs")
+        if self.cross_attention_dim not in (None, self.width):
+            raise ValueError(f"cross_attention_dim {self.cross_attention_dim} is not the width {self.width}")
+
+    @property
+    def width(self) -> int:
+        """d, the channels of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Latent cells of a token in (t, h, w)."""
+        return self.patch_size_t, self.patch_size, self.patch_size
+
+    def attention_mode(self, block: int) -> str:
+        """full, single or group: how block number `block` (from 0) attends."""
+        if not self.sparse1d or not FIRST_DENSE < block < LAST_DENSE:
+            return "full"
+        return "group" if block % 2 else "single"
+
+
+DIT_CONFIGS = {
+    "OpenSoraT2V_v1_3-2B/122": DiTConfig(),
+    "tiny": DiTConfig(
+        num_layers=6, num_attention_heads=4, attention_head_dim=48, caption_channels=64, cross_attention_dim=192
+    ),
+}
+
+
+class TimeEmbedding(nn.Module):
+    """Timestep -> e (B, d) and the six modulation vectors that all blocks share (AdaLN-single)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """timestep (B,), 0..999 -> e (B, d), six vectors (B, 6, d)."""
+        half = TIME_CHANNELS // 2
+        frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(1e4) / half))
+        angle = timestep.float()[:, None] * frequency
+        sinusoid = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        embedded = self.mlp(sinusoid.to(self.modulation.weight.dtype))
+        return embedded, self.modulation(F.silu(embedded)).unflatten(-1, (6, -1))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward."""
+
+    def __init__(self, config: DiTConfig, index: int):
+        super().__init__()
+        width, heads = config.width, config.num_attention_heads
+        self.scale_shift_table = nn.Parameter(torch.empty(6, width))
+        self.norm1 = nn.LayerNorm(width, config.norm_eps, elementwise_affine=config.norm_elementwise_affine)
+        self.self_attention = SelfAttention(width, heads, config.attention_mode(index), config.sparse_n)
+        self.cross_attention = CrossAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, config.norm_eps, elementwise_affine=config.norm_elementwise_affine)
+        self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        rope: tuple[Tensor, Tensor],
+        token_mask: Tensor | None,
+        text: Tensor,
+        text_mask: Tensor | None,
+    ) -> Tensor:
+        """x (B, N, d), time (B, 6, d), text (B, L, d); masks (B, N) and (B, L), true = real, or None."""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.scale_shift_table + time).unbind(1)
+        modulated = norm_modulate_ref(x, shift_a, scale_a, self.norm1.eps, self.norm1.weight, self.norm1.bias)
+        x = gate_residual_ref(x, gate_a, self.self_attention(modulated, rope, token_mask))
+        x = x + self.cross_attention(x, text, text_mask)
+        modulated = norm_modulate_ref(x, shift_f, scale_f, self.norm2.eps, self.norm2.weight, self.norm2.bias)
+        return gate_residual_ref(x, gate_f, self.ff(modulated))
+
+
+class DiT(PretrainedModel):
+    """The diffusion transformer; construct with `DiT.create` (fresh weights) or `DiT.from_pretrained`.
+
+    `gradient_checkpointing` recomputes each block in backward; `rope_dtype` rounds RoPE angles to a 16-bit type, as
+    the released checkpoints were trained (None: float32 angles).
+    """
+
+    class_name = "OpenSoraT2V_v1_3"
+    config_class = DiTConfig
+    fixed_config = dict(
+        activation_fn="gelu-approximate",
+        attention_bias=True,
+        double_self_attention=False,
+        dropout=0.0,
+        only_cross_attention=False,
+        upcast_attention=False,
+    )
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.rope_dtype: torch.dtype | None = None
+        width = config.width
+        self.patch_embed = nn.Conv3d(config.in_channels, width, config.patch, stride=config.patch)
+        self.time_embed = TimeEmbedding(width)
+        self.text_embed = nn.Sequential(
+            nn.Linear(config.caption_channels, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+        )
+        self.transformer_blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        self.scale_shift_table = nn.Parameter(torch.empty(2, width))
+        self.proj_out = nn.Linear(width, math.prod(config.patch) * config.out_channels)
+
+    @classmethod
+    def create(cls, config: DiTConfig, seed: int, device: torch.device | str = "cpu") -> "DiT":
+        """A fresh float32 model; its weights depend on config and seed only."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device=device)
+        model.init_weights(seed)
+        return model
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Xavier for products, small normals for the time embedding, zeros where a block must start as an identity."""
+        # Each fused product is drawn part by part, so that fusing does not change the fan-in or fan-out.
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                parts = 3 if name.endswith("qkv") else 2 if name.endswith("kv") else 1
+                for i, part in enumerate(module.weight.chunk(parts)):
+                    drawn = torch.empty(part.shape)
+                    generator = torch_generator("init", seed, name, i)
+                    if name.startswith("time_embed"):
+                        nn.init.normal_(drawn, std=0.02, generator=generator)
+                    elif name.endswith("cross_attention.out") or name == "proj_out":
+                        nn.init.zeros_(drawn)
+                    else:
+                        nn.init.xavier_uniform_(drawn.flatten(1), generator=generator)
+                    part.copy_(drawn)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+                module.reset_parameters()
+        for name, parameter in self.named_parameters():
+            if name.endswith("scale_shift_table"):
+                drawn = torch.randn(parameter.shape, generator=torch_generator("init", seed, name))
+                parameter.copy_(drawn / self.config.width**0.5)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        latent_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Predict noise, velocity or sample.
+
+        latents (B, C, T, H, W); timestep (B,), 0..999; text (B, L, caption_channels); text_mask (B, L), 1 = real token;
+        latent_mask (B, T, H, W), 1 = real cell. Returns (B, C_out, T, H, W). Raises ValueError if the latents do not
+        divide into patches.
+        """
+        patch = self.config.patch
+        size = tuple(length // p for length, p in zip(latents.shape[2:], patch, strict=True))
+        if any(length % p for length, p in zip(latents.shape[2:], patch, strict=True)):
+            raise ValueError(f"latents of (T, H, W) = {tuple(latents.shape[2:])} do not divide into patches of {patch}")
+        x = self.patch_embed(latents).flatten(2).transpose(1, 2)
+        embedded, time = self.time_embed(timestep)
+        text = self.text_embed(text)
+        scales = (
+            self.config.interpolation_scale_t,
+            self.config.interpolation_scale_h,
+            self.config.interpolation_scale_w,
+        )
+        rope = rope3d_table(size, self.config.attention_head_dim, scales, latents.device, self.rope_dtype)
+        token_mask = None
+        if latent_mask is not None:
+            token_mask = F.max_pool3d(latent_mask[:, None].float(), patch).flatten(1).bool()
+        for block in self.transformer_blocks:
+            arguments = (x, time, rope, token_mask, text, text_mask)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*arguments)
+        shift, scale = (self.scale_shift_table + embedded[:, None]).unbind(1)
+        x = self.proj_out(norm_modulate_ref(x, shift, scale, HEAD_NORM_EPS))
+        return self._unpatchify(x, size)
+
+    def _unpatchify(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
+        """(B, N, p_t * p_h * p_w * C) -> (B, C, T, H, W)."""
+        x = x.unflatten(1, size).unflatten(-1, (*self.config.patch, -1))
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def to_checkpoint(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fused parameters -> one tensor per product, under the names of released checkpoints."""
+        tensors = {}
+        for name, tensor in state.items():
+            prefix, names, kind = _checkpoint_place(name)
+            if name == "patch_embed.weight" and self.config.patch_size_t == 1:
+                tensor = tensor.squeeze(2)
+            for target, part in zip(names, tensor.chunk(len(names)), strict=True):
+                tensors[f"{prefix}{target}{kind}"] = part
+        return tensors
+
+    def from_checkpoint(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `to_checkpoint`."""
+        state = {}
+        for name in self.state_dict():
+            prefix, names, kind = _checkpoint_place(name)
+            parts = [tensors[f"{prefix}{target}{kind}"] for target in names]
+            state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if name == "patch_embed.weight" and self.config.patch_size_t == 1:
+                state[name] = state[name].unsqueeze(2)
+        return state
+
+
+TOP_NAMES = {
+    "patch_embed": "pos_embed.proj",
+    "time_embed.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
+    "time_embed.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
+    "time_embed.modulation": "adaln_single.linear",
+    "text_embed.0": "caption_projection.linear_1",
+    "text_embed.2": "caption_projection.linear_2",
+}
+
+
+def _checkpoint_place(name: str) -> tuple[str, tuple[str, ...], str]:
+    """Our parameter name -> (block prefix, checkpoint names of its parts, ".weight", ".bias" or "")."""
+    module, dot, kind = name.rpartition(".")
+    if kind not in ("weight", "bias"):
+        return "", (name,), ""
+    if module.startswith("transformer_blocks."):
+        prefix = ".".join(module.split(".")[:2]) + "."
+        part = module.removeprefix(prefix)
+        return prefix, CHECKPOINT_NAMES.get(part, (part,)), dot + kind
+    return "", (TOP_NAMES.get(module, module),), dot + kind

@@ -1,0 +1,205 @@
+"""Model folders: config.json, weights in safetensors (one file, or shards with an index), recipe.json.
+
+Loading is strict: every name and shape of the file must be the model's, and the other way round. Models are built on
+the meta device and take the loaded tensors as their own, so nothing is initialised twice.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from osp_fast.config import Recipe
+from osp_fast.errors import UserError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = WEIGHTS + ".index.json"
+RECIPE = "recipe.json"
+SHARD_BYTES = 8 << 30
+ModelT = TypeVar("ModelT", bound="PretrainedModel")
+
+
+class PretrainedModel(nn.Module):
+    """A network that lives in a model folder. Subclasses name their config class and map their parameter names."""
+
+    class_name: ClassVar[str]  # `_class_name` in config.json
+    config_class: ClassVar[type]  # a dataclass; its fields are the keys of config.json that matter
+    fixed_config: ClassVar[dict[str, Any]] = {}  # keys that have one supported value
+
+    config: Any
+
+    def to_checkpoint(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This model's state dict -> tensors under the names and shapes of a checkpoint file."""
+        return dict(state)
+
+    def from_checkpoint(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `to_checkpoint`."""
+        return dict(tensors)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[ModelT],
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        **overrides: Any,
+    ) -> ModelT:
+        """Load a model folder; `overrides` replace values of its config.json. Raises `UserError`."""
+        folder = Path(folder)
+        config = dataclasses.replace(cls.read_config(folder), **overrides)
+        with torch.device("meta"):
+            model = cls(config)
+        tensors = read_tensors(folder, dtype, device)
+        check_tensors(folder, tensors, model.to_checkpoint(model.state_dict()))
+        model.load_state_dict(model.from_checkpoint(tensors), assign=True)
+        return model.requires_grad_(True)
+
+    @classmethod
+    def read_config(cls, folder: str | Path) -> Any:
+        """config.json of a model folder as this model's config dataclass. Raises `UserError`."""
+        path = Path(folder) / "config.json"
+        values = read_json(path)
+        found = values.get("_class_name")
+        if found != cls.class_name:
+            raise UserError(f"{path}: _class_name is {found!r}, but a folder of {cls.class_name} is needed here")
+        fields = {field.name: field for field in dataclasses.fields(cls.config_class)}
+        for key, supported in cls.fixed_config.items():
+            if values.get(key, supported) != supported:
+                raise UserError(f"{path}: {key} is {values[key]!r}, but only {supported!r} is supported")
+        ignored = sorted(k for k in values if k not in fields and k not in cls.fixed_config and not k.startswith("_"))
+        if ignored:
+            print(f"note: {path}: keys without effect: {', '.join(ignored)}", file=sys.stderr)
+        missing = [name for name, f in fields.items() if name not in values and f.default is dataclasses.MISSING]
+        if missing:
+            raise UserError(f"{path}: {missing[0]} is missing; add it as it was when the weights were trained")
+        try:
+            return cls.config_class(**{name: values[name] for name in fields if name in values})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def save_pretrained(
+        self, folder: str | Path, recipe: Recipe | None = None, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write this model (or `state`, e.g. averaged weights, under its names) as a model folder, synced to disk."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"_class_name": self.class_name, **dataclasses.asdict(self.config), **self.fixed_config}
+        write_json(folder / "config.json", values)
+        if recipe is not None:
+            write_json(folder / RECIPE, dataclasses.asdict(recipe))
+        write_tensors(folder, self.to_checkpoint(self.state_dict() if state is None else state))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises `UserError` if it is missing or broken."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: name a model folder with config.json and {WEIGHTS}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): restore the file") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold a JSON object: restore the file")
+    return values
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON and sync it to disk."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_recipe(folder: str | Path) -> Recipe | None:
+    """The recipe beside the weights, or None for folders without one (releases). Raises `UserError` if it is broken."""
+    path = Path(folder) / RECIPE
+    if not path.exists():
+        return None
+    values = read_json(path)
+    try:
+        return Recipe(**values)
+    except TypeError as error:
+        raise UserError(f"{path}: {error}; restore the file, or delete it and give the flags by hand") from None
+
+
+def read_tensors(folder: Path, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
+    """All tensors of a model folder, floating point ones as dtype. Raises `UserError` on missing or broken files."""
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{folder / INDEX}: weight_map is missing or broken; restore the file")
+        files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
+    else:
+        weight_map, files = None, [folder / WEIGHTS]
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing: copy the weights there, or name another model folder")
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as opened:
+                for name in opened.keys():
+                    tensor = opened.get_tensor(name)
+                    tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is not a complete safetensors file ({error}): copy it again") from None
+    if weight_map is not None and set(weight_map) != set(tensors):
+        name = sorted(set(weight_map) ^ set(tensors))[0]
+        raise UserError(f"{folder / INDEX}: {name} stands in only one of index and shards; copy the folder again")
+    return tensors
+
+
+def check_tensors(folder: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` unless names and shapes of a file's tensors are those of the model."""
+    for words, names in (("lacks", expected.keys() - found.keys()), ("has in excess", found.keys() - expected.keys())):
+        if names:
+            first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise UserError(f"{folder}: {len(names)} tensors that the file {words}: {first}; is it another model's?")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise UserError(
+                f"{folder}: {name} has shape {tuple(found[name].shape)}, the model of its config.json "
+                f"{tuple(tensor.shape)}; is it another model's?"
+            )
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors as one safetensors file, or as shards of at most about shard_bytes with an index; synced."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    if len(shards) == 1:
+        names = [WEIGHTS]
+    else:
+        stem = WEIGHTS.removesuffix(".safetensors")
+        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        sync(folder / name)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
