@@ -1,0 +1,185 @@
+"""WF-VAE: a causal video autoencoder whose main path runs beside a pyramid of Haar wavelets.
+
+Shapes: video (B, 3, T, H, W) with T = 4m + 1 and H, W multiples of 8; latents (B, latent_dim, m + 1, H / 8, W / 8).
+Source: "WF-VAE" (Li et al., 2024). Networks are in `wfvae_encoder.py` and `wfvae_decoder.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from osp_fast.errors import UserError
+from osp_fast.kernels.haar import COEFFICIENT_2D, COEFFICIENT_3D
+from osp_fast.models.wfvae_decoder import Decoder
+from osp_fast.models.wfvae_encoder import Encoder
+from osp_fast.models.wfvae_layers import ChunkState
+from osp_fast.models.weights import PretrainedModel
+
+TIME_STRIDE, SPACE_STRIDE = 4, 8
+LOGVAR_RANGE = (-30.0, 20.0)
+Tiles = tuple[int, int | None, int | None]
+
+
+@dataclass(frozen=True)
+class WFVAEConfig:
+    """The architecture, under the names of config.json; the defaults are the released 4x8x8, 8-channel model's."""
+
+    latent_dim: int = 8
+    base_channels: int = 128
+    encoder_num_resblocks: int = 2
+    encoder_energy_flow_hidden_size: int = 64
+    decoder_num_resblocks: int = 2
+    decoder_energy_flow_hidden_size: int = 128
+    connect_res_layer_num: int = 1
+    use_attention: bool = True
+    t_interpolation: str = "trilinear"
+    scale: tuple[float, ...] = field(default=(0.18215,) * 8)
+    shift: tuple[float, ...] = field(default=(0.0,) * 8)
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "shift"):
+            values = tuple(float(value) for value in getattr(self, name))
+            object.__setattr__(self, name, values)
+            if len(values) != self.latent_dim:
+                raise ValueError(f"{name} has {len(values)} values, latent_dim is {self.latent_dim}")
+        if self.t_interpolation not in ("trilinear", "nearest"):
+            raise ValueError(f"t_interpolation {self.t_interpolation!r} is unknown: trilinear or nearest")
+
+
+WFVAE_CONFIGS = {
+    "WFVAEModel_D8_4x8x8": WFVAEConfig(),
+    "tiny": WFVAEConfig(
+        base_channels=24, encoder_energy_flow_hidden_size=24, decoder_energy_flow_hidden_size=24, scale=(1.0,) * 8
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A diagonal normal over raw latents: mean and log-variance, each (B, latent_dim, T, H, W)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """A draw; noise comes from `generator` on the CPU, so that every device draws the same."""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32)
+        return self.mean + noise.to(self.mean) * torch.exp(0.5 * self.logvar)
+
+
+class WFVAE(PretrainedModel):
+    """The autoencoder; load with `WFVAE.from_pretrained`.
+
+    `tiles` = (t, h, w) in latent cells bounds the memory of encode and decode: t latent frames at once, with the same
+    result as the whole clip. This version does not tile rows or columns: h and w are None.
+    """
+
+    class_name = "WFVAEModel"
+    config_class = WFVAEConfig
+    fixed_config = dict(
+        dropout=0.0,
+        norm_type="layernorm",
+        l1_dowmsample_block="Downsample",
+        l1_downsample_wavelet="HaarWaveletTransform2D",
+        l2_dowmsample_block="Spatial2xTime2x3DDownsample",
+        l2_downsample_wavelet="HaarWaveletTransform3D",
+        l1_upsample_block="Upsample",
+        l1_upsample_wavelet="InverseHaarWaveletTransform2D",
+        l2_upsample_block="Spatial2xTime2x3DUpsample",
+        l2_upsample_wavelet="InverseHaarWaveletTransform3D",
+    )
+
+    def __init__(self, config: WFVAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, video: Tensor, tiles: Tiles | None = None) -> Posterior:
+        """video (B, 3, 4m+1, H, W) in [-1, 1] -> posterior of raw latents. Raises ValueError on other sizes."""
+        frames, height, width = video.shape[2:]
+        if (frames - 1) % TIME_STRIDE or height % SPACE_STRIDE or width % SPACE_STRIDE:
+            raise ValueError(f"a video of (T, H, W) = {(frames, height, width)}: T must be 4n+1, H and W multiples of 8")
+        step = _chunk_frames(tiles, frames) * TIME_STRIDE
+        starts = [0, *range(step - TIME_STRIDE + 1, frames, step), frames]
+        state = ChunkState() if len(starts) > 2 else None
+        parts = []
+        for start, end in zip(starts[:-1], starts[1:], strict=True):
+            parts.append(self.encoder(video[:, :, start:end], state))
+            if state is not None:
+                state.first = False
+        mean, logvar = torch.cat(parts, dim=2).chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(*LOGVAR_RANGE))
+
+    def decode(self, latents: Tensor, tiles: Tiles | None = None) -> Tensor:
+        """Raw latents (B, latent_dim, m+1, h, w) -> video (B, 3, 4m+1, 8h, 8w), in about [-1, 1]."""
+        frames = latents.shape[2]
+        step = _chunk_frames(tiles, frames)
+        starts = [*range(0, frames, step), frames]
+        state = ChunkState() if len(starts) > 2 else None
+        parts = []
+        for start, end in zip(starts[:-1], starts[1:], strict=True):
+            if state is not None:
+                state.last = end == frames
+            parts.append(self.decoder(latents[:, :, start:end], state))
+            if state is not None:
+                state.first = False
+        return torch.cat(parts, dim=2)
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """Raw latents -> the DiT's: (raw - shift) * scale, per channel."""
+        return (raw - self._channels(self.config.shift, raw)) * self._channels(self.config.scale, raw)
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """The DiT's latents -> raw ones, which `decode` takes."""
+        return latents / self._channels(self.config.scale, latents) + self._channels(self.config.shift, latents)
+
+    @staticmethod
+    def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
+
+    def to_checkpoint(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters plus the wavelet filters, which checkpoints store and this model computes."""
+        device = next(iter(state.values())).device
+        return {**state, **{name: value.to(device) for name, value in wavelet_filters().items()}}
+
+    def from_checkpoint(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters only. Raises `UserError` if the stored wavelets are not the Haar wavelets."""
+        filters = wavelet_filters()
+        for name, expected in filters.items():
+            # 16-bit checkpoints hold the coefficients rounded.
+            if not torch.allclose(tensors[name].float().cpu(), expected, atol=2e-3):
+                raise UserError(f"{name} of the VAE's weights is not the Haar wavelet that this engine computes")
+        return {name: tensor for name, tensor in tensors.items() if name not in filters}
+
+
+def _chunk_frames(tiles: Tiles | None, frames: int) -> int:
+    """Latent frames per chunk."""
+    if tiles is None:
+        return max(frames, 1)
+    if tiles[0] < 1:
+        raise ValueError(f"tiles {tiles}: at least one latent frame is needed")
+    if tiles[1] is not None or tiles[2] is not None:
+        raise ValueError(f"tiles {tiles}: this version tiles time only, use ({tiles[0]}, None, None)")
+    return tiles[0]
+
+
+def wavelet_filters() -> dict[str, Tensor]:
+    """The constant filters that checkpoints store beside the parameters, under their names there."""
+    low, high = torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0])
+    filters = {}
+    # Stored names: columns low = h, high = g; then "h" if rows are high; then "_v" if time is high.
+    for column_name, columns in (("h", low), ("g", high)):
+        for row_name, rows in (("", low), ("h", high)):
+            for time_name, time in (("", low), ("_v", high)):
+                box = torch.einsum("t,h,w->thw", time, rows, columns)[None, None] * COEFFICIENT_3D
+                name = f"{column_name}{row_name}{time_name}"
+                filters[f"encoder.wavelet_tranform_l2.{name}_conv.conv.weight"] = box
+                filters[f"decoder.inverse_wavelet_tranform_l2.{name}"] = box.clone()
+    for name, rows, columns in (("aa", low, low), ("ad", high, low), ("da", low, high), ("dd", high, high)):
+        box = torch.einsum("h,w->hw", rows, columns)[None, None] * COEFFICIENT_2D
+        filters[f"encoder.wavelet_tranform_l1.{name}"] = box
+        filters[f"decoder.inverse_wavelet_tranform_l1.{name}"] = box.clone()
+    return filters
