@@ -1,0 +1,80 @@
+"""The history of a run: metrics.jsonl and, if asked for, TensorBoard."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from osp_fast.config import RunConfig
+from osp_fast.errors import UserError
+
+FILE_NAME = "metrics.jsonl"
+TENSORBOARD_FIELDS = ("loss", "lr", "grad_norm", "s_per_step", "data_wait_s", "skipped")
+
+
+class MetricsLog:
+    """Appends one JSON object for each logged step to `output_dir/metrics.jsonl`.
+
+    A killed run may have logged steps after its last checkpoint; the resumed run computes them again. So its lines
+    after `resumed_step` are dropped first, together with a line that the kill cut short: the file is one history.
+
+    Args:
+        run: `output_dir` must exist; `logging_dir` is inside it unless absolute.
+        resumed_step: the step the run continues from, 0 for a new run.
+
+    Raises:
+        UserError: TensorBoard is asked for without the package tensorboard.
+    """
+
+    def __init__(self, run: RunConfig, resumed_step: int):
+        self.file = Path(run.output_dir) / FILE_NAME
+        self._board = None
+        if run.report_to != "none":
+            self._board = _open_tensorboard(Path(run.output_dir) / run.logging_dir, resumed_step)
+        drop_lines_after(self.file, resumed_step)
+        self._lines = self.file.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record, which has a `step`; it is in the operating system's hands when this returns."""
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+        if self._board is not None:
+            for name in TENSORBOARD_FIELDS:
+                self._board.add_scalar(f"train/{name}", record[name], record["step"])
+
+    def close(self) -> None:
+        """Close both; TensorBoard writes what it still holds."""
+        self._lines.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def drop_lines_after(file: Path, step: int) -> None:
+    """Rewrite a metrics file, atomically, without the lines of later steps and without lines that are not whole."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
+            kept.append(line + "\n")
+    rewritten = file.with_name(f".{file.name}.writing")
+    with rewritten.open("w", encoding="utf-8") as out:
+        out.writelines(kept)
+        out.flush()
+        os.fsync(out.fileno())
+    rewritten.replace(file)
+
+
+def _open_tensorboard(folder: Path, resumed_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "--report_to needs the package tensorboard: install it (pip install tensorboard), or use --report_to none"
+        ) from error
+    # `purge_step` hides the steps that a killed run logged after its last checkpoint.
+    return SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
