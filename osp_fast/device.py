@@ -1,0 +1,32 @@
+"""The device and type that a run uses."""
+
+import os
+
+import torch
+
+from osp_fast.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N -> a device that is there. Raises `UserError`."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is not a device: use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: only cpu and NVIDIA GPUs (cuda) are supported")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
+    return device
+
+
+def check_single_process(program: str) -> None:
+    """Raise `UserError` under torchrun with several ranks, which this version does not serve."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise UserError(
+            f"{program} under torchrun with WORLD_SIZE={world}: several GPUs are not part of this version, "
+            "start it without torchrun"
+        )
