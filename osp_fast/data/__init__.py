@@ -1,0 +1,1 @@
+"""From annotation files to training clips: which clips, in which order, and which frames of them."""
