@@ -6,8 +6,9 @@ last timestep. Guidance is Ho & Salimans 2022 (arXiv:2207.12598).
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,12 @@ LEAST_SIGNAL = 2.0**-24  # alpha_bar at zero terminal SNR: keeps sigma finite (4
 LEAST_COVERAGE = {"trailing": 0.95, "leading": 0.8}  # see Scheduler._flaw
 
 
-class _Method(NamedTuple):
+@dataclass(frozen=True)
+class _Method:
     """What differs between diffusers' scheduler classes."""
 
     class_name: str
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = field(default_factory=dict)
     predictions: tuple[str, ...] = PREDICTION_TYPES
     has_spacing: bool = True
     fixed_stride: bool = False  # its step goes from t to t - 1000 // steps, whatever its next timestep is

@@ -1,5 +1,6 @@
 """The training objective against diffusers' schedulers and against its own formulas."""
 
+import itertools
 import math
 
 import pytest
@@ -140,7 +141,7 @@ def test_flow_timesteps_follow_their_density(scheme):
     objective = DiffusionObjective(DiffusionConfig(rf_scheduler=True, weighting_scheme=scheme))
     grid = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
     parts = [objective.timesteps(grid, rank, 4) for rank in range(4)]
-    assert all(low.max() <= high.min() for low, high in zip(parts, parts[1:], strict=False))
+    assert all(low.max() <= high.min() for low, high in itertools.pairwise(parts))
     sigma = torch.cat(parts).double() / 1000
     assert sigma.min() >= 1e-3 and sigma.max() <= 1
     uniform = torch.rand(80000, generator=torch_generator("density"), dtype=torch.float64)

@@ -1,0 +1,173 @@
+"""The path from prompt to frames on a small random model."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from osp_fast.config import Recipe
+from osp_fast.diffusion.denoise import FLOW_METHOD
+from osp_fast.errors import UserError
+from osp_fast.models.dit import DiT, DiTConfig
+from osp_fast.models.wfvae import WFVAE
+from osp_fast.pipeline import NEGATIVE_PROMPT, VideoPipeline, resolve_parametrization
+
+VAE_FOLDER = Path(__file__).parent / "golden/vae"
+CONFIG = DiTConfig(
+    num_layers=2, num_attention_heads=2, attention_head_dim=24, caption_channels=12, cross_attention_dim=48
+)
+RECIPE = Recipe("v_prediction", True, False, 24.0, 9, "32x32", 16)
+SETTINGS = dict(num_frames=5, height=16, width=32, steps=2, guidance_scale=3.0, method="DDIM", seed=1)
+
+
+class LetterStates(nn.Module):
+    """Stands for a text encoder: states that depend on the text, and a record of what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.asked = []
+
+    def forward(self, texts):
+        self.asked += texts
+        states = torch.zeros(len(texts), 6, CONFIG.caption_channels)
+        for row, text in enumerate(texts):
+            for place, letter in enumerate(text):
+                states[row, place % 6, ord(letter) % CONFIG.caption_channels] += 0.3
+        return states, torch.ones(len(texts), 6)
+
+
+@pytest.fixture(scope="module")
+def networks():
+    dit = DiT.create(CONFIG, seed=0)
+    # A fresh DiT ends in zeros: fill them, so that its output depends on text and latents.
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            if not parameter.any() and parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter, generator=torch.Generator().manual_seed(1))
+    return dit, WFVAE.from_pretrained(VAE_FOLDER)
+
+
+@pytest.fixture
+def pipeline(networks):
+    return VideoPipeline(*networks, LetterStates())
+
+
+def frames_of(pipeline, prompts=("a cat",), **changes):
+    return [clip.frames for clip in pipeline.generate(list(prompts), **{**SETTINGS, **changes})]
+
+
+def test_clips_come_prompt_by_prompt(pipeline):
+    calls = []
+    clips = list(
+        pipeline.generate(
+            ["a cat", "a dog"], **SETTINGS, samples_per_prompt=2, on_step=lambda *step: calls.append(step)
+        )
+    )
+    assert [(c.prompt_index, c.sample_index, c.prompt, c.seed) for c in clips] == [
+        (0, 0, "a cat", 1),
+        (0, 1, "a cat", 1),
+        (1, 0, "a dog", 1),
+        (1, 1, "a dog", 1),
+    ]
+    assert calls == [(p, s, done, 2) for p in (0, 1) for s in (0, 1) for done in (1, 2)]
+    for clip in clips:
+        assert clip.frames.dtype == np.uint8 and clip.frames.shape == (5, 16, 32, 3)
+        assert clip.frames.std() > 1
+
+
+def test_texts_are_encoded_once_with_template_and_negative_prompt(pipeline):
+    frames_of(pipeline, ["a cat", "a dog"], samples_per_prompt=2)
+    prefix = "high quality, high aesthetic, "
+    assert pipeline.text_encoder.asked == [prefix + "a cat", prefix + "a dog", NEGATIVE_PROMPT]
+    pipeline.text_encoder.asked.clear()
+    frames_of(pipeline, negative_prompt="", guidance_scale=2.0)
+    assert pipeline.text_encoder.asked == [prefix + "a cat", ""]
+    pipeline.text_encoder.asked.clear()
+    frames_of(pipeline, guidance_scale=1.0)
+    assert pipeline.text_encoder.asked == [prefix + "a cat"]
+
+
+@pytest.mark.parametrize("method", ["DDIM", "EulerAncestralDiscrete"])
+def test_a_sample_depends_on_seed_and_its_own_place_only(pipeline, method):
+    alone = frames_of(pipeline, ["a cat"], method=method)[0]
+    among = frames_of(pipeline, ["a cat", "a dog"], method=method, samples_per_prompt=2)
+    assert np.array_equal(among[0], alone)
+    assert not np.array_equal(among[1], alone)
+    assert not np.array_equal(frames_of(pipeline, ["a cat"], method=method, seed=2)[0], alone)
+    assert not np.array_equal(frames_of(pipeline, ["a dog"], method=method)[0], alone)
+
+
+def test_prompt_negative_prompt_and_guidance_matter(pipeline):
+    base = frames_of(pipeline)[0].astype(int)
+    for change in (dict(prompts=["zebra"]), dict(negative_prompt="x"), dict(guidance_scale=1.0)):
+        assert np.abs(frames_of(pipeline, **change)[0] - base).mean() > 0.05, change
+
+
+def test_tiles_change_nothing(pipeline):
+    base = frames_of(pipeline, num_frames=9)[0].astype(int)
+    assert np.abs(frames_of(pipeline, num_frames=9, tiles=(1, None, None))[0] - base).max() <= 1
+
+
+def test_save_memory_holds_one_network_at_a_time(networks, pipeline, monkeypatch):
+    base = frames_of(pipeline)[0]
+    # cpu:0, so that a move to the device differs from one back to the CPU.
+    frugal = VideoPipeline(*networks, LetterStates(), device="cpu:0", save_memory=True)
+    moves = []
+    for name in ("text_encoder", "dit", "vae"):
+        network = getattr(frugal, name)
+        monkeypatch.setattr(network, "to", lambda place, name=name: moves.append((name, str(place))))
+    clips = frames_of(frugal, samples_per_prompt=2)
+    assert np.array_equal(clips[0], base)
+    order = ["text_encoder", "dit", "vae", "dit", "vae"]
+    assert moves == [(name, place) for name in order for place in ("cpu:0", "cpu")]
+
+
+def test_flow_without_a_recipe(pipeline):
+    assert frames_of(pipeline, method=FLOW_METHOD)[0].shape == (5, 16, 32, 3)
+
+
+def test_an_image_is_one_frame(pipeline):
+    assert frames_of(pipeline, num_frames=1)[0].shape == (1, 16, 32, 3)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(num_frames=6), "--num_frames 6 .* 4n\\+1"),
+        (dict(num_frames=0), "--num_frames 0"),
+        (dict(height=24), "--height 24 .* 16"),
+        (dict(width=0), "--width 0"),
+        (dict(steps=1), "--num_sampling_steps 1"),
+        (dict(method="EulerAncestralDiscrete", prediction_type="sample"), "predicts 'sample'"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_computed(pipeline, changes, words):
+    with pytest.raises(UserError, match=words):
+        pipeline.generate(["a cat"], **{**SETTINGS, **changes})
+
+
+def test_recipe_decides(networks):
+    flow = dataclasses.replace(RECIPE, rectified_flow=True)
+    assert resolve_parametrization(None, "DDIM") == ("epsilon", False, False)
+    assert resolve_parametrization(None, "DDIM", "v_prediction", True) == ("v_prediction", True, False)
+    assert resolve_parametrization(None, FLOW_METHOD) == ("velocity", False, True)
+    assert resolve_parametrization(RECIPE, "DDIM") == ("v_prediction", True, False)
+    assert resolve_parametrization(RECIPE, "DDIM", "v_prediction", True) == ("v_prediction", True, False)
+    assert resolve_parametrization(flow, "DDIM") == ("velocity", False, True)
+    with pytest.raises(UserError, match="--prediction_type epsilon contradicts"):
+        resolve_parametrization(RECIPE, "DDIM", "epsilon")
+    with pytest.raises(UserError, match="--rescale_betas_zero_snr False contradicts"):
+        resolve_parametrization(RECIPE, "DDIM", None, False)
+    trained = VideoPipeline(*networks, LetterStates(), RECIPE)
+    explicit = VideoPipeline(*networks, LetterStates())
+    by_flags = frames_of(explicit, prediction_type="v_prediction", rescale_betas_zero_snr=True)[0]
+    assert np.array_equal(frames_of(trained)[0], by_flags)
+    assert not np.array_equal(frames_of(explicit)[0], by_flags)
+    with pytest.raises(UserError, match="use FlowMatchEulerDiscrete"):
+        frames_of(VideoPipeline(*networks, LetterStates(), flow))
+    with pytest.raises(UserError, match="needs a model trained with rectified flow"):
+        frames_of(trained, method=FLOW_METHOD)
