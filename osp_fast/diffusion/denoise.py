@@ -32,6 +32,7 @@ class _Method:
     has_spacing: bool = True
     fixed_stride: bool = False  # its step goes from t to t - 1000 // steps, whatever its next timestep is
     fewest: int = 2
+    fewest_zero_snr: int = 0
     most: int = TRAIN_STEPS
 
 
@@ -46,8 +47,9 @@ _METHODS = {
     # Always spaced from the last timestep to 0, as zero terminal SNR needs it.
     "DPMSolverSinglestep": _Method("DPMSolverSinglestepScheduler", dict(lower_order_final=True), has_spacing=False),
     # Its four Runge-Kutta points and their half strides bound the steps. It averages predictions of different
-    # timesteps, which is right for epsilon only, so the others are converted (Scheduler.step).
-    "PNDM": _Method("PNDMScheduler", fixed_stride=True, fewest=4, most=TRAIN_STEPS // 2),
+    # timesteps, which is right for epsilon only, so the others are converted (Scheduler.step). Epsilon tells little of
+    # the sample where the signal is near zero: there long strides diverge.
+    "PNDM": _Method("PNDMScheduler", fixed_stride=True, fewest=4, fewest_zero_snr=30, most=TRAIN_STEPS // 2),
     "HeunDiscrete": _Method("HeunDiscreteScheduler", fewest=3),
     "EulerAncestralDiscrete": _Method("EulerAncestralDiscreteScheduler", predictions=_WITHOUT_SAMPLE),
     "KDPM2AncestralDiscrete": _Method("KDPM2AncestralDiscreteScheduler", predictions=_WITHOUT_SAMPLE, fewest=3),
@@ -65,6 +67,7 @@ class Scheduler:
 
         traits = _METHODS[method]
         self.method, self.prediction_type, self._traits = method, prediction_type, traits
+        self._fewest = max(traits.fewest, traits.fewest_zero_snr if rescale_betas_zero_snr else 0)
         options = dict(traits.options)
         if method != FLOW_METHOD:
             options["trained_betas"] = diffusion_betas(rescale_betas_zero_snr, LEAST_SIGNAL).tolist()
@@ -79,14 +82,14 @@ class Scheduler:
 
         Raises `UserError` for a number of steps with which the method goes wrong.
         """
-        traits = self._traits
-        if not traits.fewest <= steps <= traits.most:
+        fewest, most = self._fewest, self._traits.most
+        if not fewest <= steps <= most:
             raise UserError(
                 f"--num_sampling_steps {steps} is out of range for {self.method}: "
-                f"it takes {traits.fewest} to {traits.most} steps"
+                f"with this model it takes {fewest} to {most} steps"
             )
         if flaw := self._flaw(steps):
-            candidates = sorted(range(traits.fewest, traits.most + 1), key=lambda n: abs(n - steps))
+            candidates = sorted(range(fewest, most + 1), key=lambda n: abs(n - steps))
             nearest = next(n for n in candidates if not self._flaw(n))
             raise UserError(f"--num_sampling_steps {steps} {flaw} with {self.method}: use {nearest}")
         self._start(steps)

@@ -100,7 +100,7 @@ def test_prediction_types_agree(method):
 @pytest.mark.parametrize("method", [m for m in SAMPLE_METHODS if m != FLOW_METHOD])
 def test_zero_terminal_snr_starts_at_the_last_timestep(method):
     model = GaussianData("v_prediction", zero_snr=True)
-    sample(method, "v_prediction", zero_snr=True, steps=20, model=model)
+    sample(method, "v_prediction", zero_snr=True, steps=40, model=model)
     assert model.seen[0] == 999
     assert min(model.seen) >= 0
 
@@ -191,6 +191,7 @@ def test_contradictions_are_user_errors(arguments, words):
         ("DDIM", False, 1001, "2 to 1000"),
         ("DPMSolverMultistep", False, 1000, "2 to 999"),
         ("PNDM", False, 3, "4 to 500"),
+        ("PNDM", True, 20, "30 to 500"),
         ("DDIM", True, 150, "leaves a part .* use 1"),
         ("DDIM", False, 600, "leaves a part .* use 500"),
         ("EulerDiscrete", True, 499, "spaced evenly .* use 498"),
