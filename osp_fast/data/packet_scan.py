@@ -1,5 +1,6 @@
 """Which packet is which frame: presentation numbers from packet timestamps, without decoding."""
 
+from itertools import pairwise
 from typing import Any
 
 REORDER_LIMIT = 32  # a frame is shown at most this many places away from its place in the file (the codecs: 16)
@@ -13,8 +14,8 @@ class PacketScan:
 
     `numbered` is False where timestamps are absent or equal, so that frames must be counted by decoding. `total` is the
     number of packets up to here, `shown_total` the number of those that a player shows (the others are cut away by an
-    edit list), `complete` tells that the end was reached. `index` holds the container's index entries and `stored` the number of
-    frames by its header, where these can be trusted.
+    edit list), `complete` tells that the end was reached. `index` holds the container's
+    index entries and `stored` the number of frames by its header, where these can be trusted.
     """
 
     def __init__(self, container: Any, stream: Any, first: int, last: int, from_start: bool) -> None:
@@ -75,7 +76,7 @@ class PacketScan:
     def _seek(self, container: Any, stream: Any) -> bool:
         """Seek to a keyframe safely in front of frame `first`; False where there is none, or no trustworthy index."""
         times = [entry.timestamp for entry in self.index]
-        if any(later <= earlier for earlier, later in zip(times, times[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(times)):
             return False
         shown, target = 0, None
         for entry in self.index:

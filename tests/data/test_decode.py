@@ -1,8 +1,10 @@
 """Frames by presentation number against a plain sequential decode, images, and what is refused and why."""
 
 import random
+import wave
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from media import cut_start, picture, set_track_rotation, shown_frames, write_clip
@@ -10,6 +12,7 @@ from PIL import Image
 
 from osp_fast.data.clip_request import ClipRequest, DecodeError
 from osp_fast.data.decode import decode_clip, read_video
+from osp_fast.errors import UserError
 
 RNG = random.Random(0)
 IRREGULAR = [sum(random.Random(1).choices([3, 10, 10, 11, 47], k=i)) + i for i in range(150)]
@@ -124,7 +127,7 @@ def test_clockwise_track_header_turns_clockwise(folder):
 def test_odd_rotation_is_refused(folder):
     file = write_clip(folder / "odd.mp4", 8)
     set_track_rotation(file, 37)
-    with pytest.raises(DecodeError, match="^rotation of 37 degrees is not a multiple of 90$"):
+    with pytest.raises(DecodeError, match=r"^rotation of 37 degrees is not a multiple of 90$"):
         ask(file, [0], num_frames=8)
 
 
@@ -136,12 +139,9 @@ def broken(folder: Path, name: str) -> Path:
     if name == "directory.mp4":
         file.mkdir()
     elif name == "sound.wav":
-        with open(file, "wb") as handle:
-            import wave
-
-            with wave.open(handle, "wb") as sound:
-                sound.setparams((1, 2, 8000, 0, "NONE", ""))
-                sound.writeframes(bytes(8000))
+        with wave.open(str(file), "wb") as sound:
+            sound.setparams((1, 2, 8000, 0, "NONE", ""))
+            sound.writeframes(bytes(8000))
     elif name != "missing.mp4":
         contents = {
             "empty.mp4": b"",
@@ -185,8 +185,6 @@ def test_wrong_annotation_is_refused(tmp_path, name):
 def test_damage_inside_a_file_hits_only_its_frames(tmp_path):
     file = write_clip(tmp_path / "hole.mp4", 90, options={"x264-params": "keyint=30:bframes=0:scenecut=0"})
     truth = shown_frames(file)
-    import av
-
     with av.open(str(file)) as container:
         packet = next(p for i, p in enumerate(container.demux(video=0)) if i == 30)
         place, size = packet.pos, packet.size
@@ -257,7 +255,5 @@ def test_broken_images(tmp_path):
 
 
 def test_read_video_of_a_broken_file_is_a_user_error(tmp_path):
-    from osp_fast.errors import UserError
-
-    with pytest.raises(UserError, match="missing.mp4.*missing"):
+    with pytest.raises(UserError, match=r"missing\.mp4.*missing"):
         read_video(tmp_path / "missing.mp4")
