@@ -1,0 +1,310 @@
+"""Sampling from the command line: python -m osp_fast.sample --preset tiny --text_prompt "...", or upstream's flags.
+
+Each sample is `{method}_{index}_gs{g}_s{steps}.mp4` (one frame: .jpg) in `--save_img_path`, with a JSON file beside it
+that holds all that made it; more than one sample also give a grid.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from osp_fast import __version__
+from osp_fast.cli import parse_sample
+from osp_fast.config import SAMPLE_PRESETS, SampleConfig, as_dict
+from osp_fast.data.captions import clean_caption
+from osp_fast.data.write import image_grid, video_grid, write_image, write_video
+from osp_fast.device import check_single_process, resolve_device
+from osp_fast.errors import UserError, run_entry_point
+from osp_fast.models.text_encoder import find_folder
+from osp_fast.models.weights import read_recipe, write_json
+from osp_fast.pipeline import (
+    NEGATIVE_PROMPT,
+    PROMPT_TEMPLATE,
+    VideoPipeline,
+    resolve_parametrization,
+)
+from osp_fast.training.checkpoint import list_checkpoints
+
+TILE_LATENT_FRAMES = 4  # of --enable_tiling: 16 frames at once
+GRID_WIDTH = 3840  # pixels; a grid that would be wider is made of shrunk clips, which also bounds the memory
+PLAIN_SECONDS = 10.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Sample as the flags say. Raises `UserError`, for what the flags, folders and files say before any sampling."""
+    config = parse_sample(argv)
+    refuse_what_is_missing(config)
+    prompts = read_prompts(config.text_prompt)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    dit_folder = find_dit(config)
+    vae_folder = find_folder(config.ae_path, config.cache_dir)
+    text_encoder_folder = find_folder(config.text_encoder_name_1, config.cache_dir)
+    recipe = read_recipe(dit_folder)
+    parametrization = resolve_parametrization(
+        recipe, config.sample_method, config.prediction_type, config.rescale_betas_zero_snr
+    )
+    calls = len(parametrization.scheduler(config.sample_method).set_steps(config.num_sampling_steps))
+    output = writable_folder(config.save_img_path)
+    settings = {
+        **as_dict(config),
+        **parametrization._asdict(),
+        "model_path": str(dit_folder),
+        "ae_path": str(vae_folder),
+        "text_encoder_name_1": str(text_encoder_folder),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    say("sampling with\n" + "\n".join(f"  {name}: {value}" for name, value in settings.items()))
+    pipeline = VideoPipeline.from_folders(
+        dit_folder,
+        vae_folder,
+        text_encoder_folder,
+        recipe,
+        dtype=dtype,
+        device=device,
+        max_length=config.max_sequence_length,
+        round_rope_angles=config.round_rope_angles,
+        save_memory=config.save_memory,
+    )
+    if config.compile:
+        pipeline.compile_blocks()
+    run(config, pipeline, prompts, calls, settings, output)
+
+
+def run(
+    config: SampleConfig,
+    pipeline: VideoPipeline,
+    prompts: list[str],
+    calls: int,
+    settings: dict[str, Any],
+    output: Path,
+) -> None:
+    """Generate and write all samples of `prompts`; `calls` model calls make one, `settings` go into every sidecar."""
+    import diffusers
+
+    versions = {"osp_fast": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    chinese = pipeline.text_encoder.is_multilingual
+    cleaned = clean_prompts(prompts, lambda text: clean_caption(text, chinese=chinese))
+    negative = config.negative_prompt
+    negative = NEGATIVE_PROMPT if negative is None else clean_caption(negative, chinese=chinese)
+    per_prompt = config.num_samples_per_prompt
+    total = len(prompts) * per_prompt
+    progress = Progress(total, calls)
+    clips = pipeline.generate(
+        cleaned,
+        negative_prompt=negative,
+        num_frames=config.num_frames,
+        height=config.height,
+        width=config.width,
+        steps=config.num_sampling_steps,
+        guidance_scale=config.guidance_scale,
+        method=config.sample_method,
+        seed=config.seed,
+        samples_per_prompt=per_prompt,
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        tiles=(TILE_LATENT_FRAMES, None, None) if config.enable_tiling else None,
+        on_step=lambda prompt, sample, done, _: progress.step(prompt * per_prompt + sample, done),
+    )
+    columns = per_prompt if per_prompt > 1 else math.ceil(math.sqrt(total))
+    shrink = math.ceil(columns * config.width / GRID_WIDTH)
+    method, suffix = config.sample_method, f"gs{config.guidance_scale}_s{config.num_sampling_steps}"
+    shown = []
+    for index, clip in enumerate(clips):
+        path = write_frames(output / f"{method}_{index}_{suffix}", clip.frames, config.fps)
+        sidecar = {
+            "index": index,
+            "prompt_index": clip.prompt_index,
+            "sample_index": clip.sample_index,
+            "prompt": prompts[clip.prompt_index],
+            "full_prompt": PROMPT_TEMPLATE.format(clip.prompt),
+            **{name: value for name, value in settings.items() if name != "text_prompt"},
+            "negative_prompt": negative,
+            "versions": versions,
+        }
+        write_json(path.with_name(path.stem + ".json"), sidecar)
+        progress.message(f"wrote {path}")
+        shown.append(smaller(clip.frames, shrink))
+    progress.close()
+    if total > 1:
+        if config.num_frames == 1:
+            grid = image_grid([frames[0] for frames in shown], columns)[None]
+        else:
+            grid = video_grid(shown, columns)
+        say(f"wrote {write_frames(output / f'{method}_{suffix}_grid', grid, config.fps)}")
+
+
+def refuse_what_is_missing(config: SampleConfig) -> None:
+    """Raise `UserError` for flags of upstream that this version does not serve."""
+    check_single_process("osp_fast.sample")
+    if config.sp:
+        raise UserError("--sp is not part of this version: leave it out, one GPU samples the whole clip")
+    if config.caption_refiner:
+        raise UserError("--caption_refiner is not part of this version: leave it out and write the prompt in full")
+
+
+def read_prompts(arguments: Sequence[str]) -> list[str]:
+    """The prompts of `--text_prompt`: its values, or the lines of the one .txt file that it names, without blank ones.
+
+    Raises `UserError` for a file that is missing, empty or not UTF-8 text, and for an empty prompt.
+    """
+    files = [argument for argument in arguments if argument.endswith(".txt")]
+    if not files:
+        prompts = [argument.strip() for argument in arguments]
+        if not all(prompts):
+            raise UserError(f"--text_prompt: prompt number {prompts.index('') + 1} is empty, write one or leave it out")
+        return prompts
+    if len(arguments) > 1:
+        raise UserError(f"--text_prompt takes prompts or one .txt file: give {files[0]} alone")
+    path = Path(files[0])
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(
+            f"--text_prompt {path} is not text in UTF-8: save it as plain text, a prompt per line"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--text_prompt {path} cannot be read ({error.strerror}): name a .txt file of prompts"
+        ) from None
+    if "\0" in text:
+        raise UserError(f"--text_prompt {path} is a binary file: save it as plain text, a prompt per line")
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--text_prompt {path} holds no prompt: write one per line")
+    return prompts
+
+
+def clean_prompts(prompts: Sequence[str], clean: Callable[[str], str]) -> list[str]:
+    """Prompts in the form of the training captions. Raises `UserError` where nothing is left."""
+    cleaned = [clean(prompt) for prompt in prompts]
+    for prompt, text in zip(prompts, cleaned, strict=True):
+        if not text:
+            raise UserError(f"--text_prompt {prompt!r} is empty after cleaning: write it in words that captions have")
+    return cleaned
+
+
+def find_dit(config: SampleConfig) -> Path:
+    """The model folder that `--model_path` names: itself, a checkpoint's, or that of a run's newest checkpoint.
+
+    Of a checkpoint the average is taken if there is one. Raises `UserError` if there is no model.
+    """
+    named = Path(config.model_path)
+    if (named / "config.json").is_file():
+        return named
+    checkpoints = list_checkpoints(named)
+    checkpoint = checkpoints[-1][1] if checkpoints else named
+    for folder in (checkpoint / "model_ema", checkpoint / "model"):
+        if folder.is_dir():
+            if checkpoints:
+                say(f"{named}: the newest checkpoint is {folder}")
+            return folder
+    if config.model_path == SAMPLE_PRESETS["tiny"]["model_path"]:
+        raise UserError(f"there is no tiny model at {named} yet: run python -m osp_fast.train --preset tiny first")
+    return find_folder(config.model_path, config.cache_dir)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`--dtype`: auto is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def writable_folder(name: str) -> Path:
+    """The output folder, made if need be. Raises `UserError` if it cannot be written to."""
+    folder = Path(name)
+    probe = folder / ".write_probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--save_img_path {folder} cannot be written to ({error.strerror}): name another") from None
+    return folder
+
+
+def write_frames(stem: Path, frames: np.ndarray, fps: int) -> Path:
+    """Write uint8 (T, H, W, 3) as stem.mp4, or one frame as stem.jpg; returns the path."""
+    if len(frames) == 1:
+        path = stem.with_name(stem.name + ".jpg")
+        write_image(path, frames[0])
+    else:
+        path = stem.with_name(stem.name + ".mp4")
+        write_video(path, frames, fps)
+    return path
+
+
+def smaller(frames: np.ndarray, factor: int) -> np.ndarray:
+    """Frames (T, H, W, 3) with height and width divided by a whole number: the mean of each square of pixels."""
+    if factor == 1:
+        return frames
+    height, width = (size // factor for size in frames.shape[1:3])
+    squares = frames[:, : height * factor, : width * factor].reshape(len(frames), height, factor, width, factor, 3)
+    return squares.mean((2, 4), dtype=np.float32).round().astype(np.uint8)
+
+
+def say(line: str) -> None:
+    """Print for the user, at once also into a pipe; stderr, so that stdout stays empty."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Where sampling is: a bar over the model calls of all clips on a terminal, else a line every few seconds."""
+
+    def __init__(
+        self,
+        clips: int,
+        calls: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        from tqdm import tqdm
+
+        self._clips, self._calls, self._clock = clips, calls, clock
+        self._stream = stream or sys.stderr
+        self._interval = tqdm.format_interval
+        self._started_at = self._shown_at = clock()
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(total=clips * calls, unit="step", file=self._stream, dynamic_ncols=True)
+
+    def step(self, clip: int, done: int) -> None:
+        """Show that `done` model calls of clip number `clip`, from 0, are made."""
+        facts = f"clip {clip + 1}/{self._clips}, step {done}/{self._calls}"
+        total_done = clip * self._calls + done
+        if self._bar is not None:
+            self._bar.set_description_str(facts, refresh=False)
+            self._bar.update(total_done - self._bar.n)
+            return
+        now = self._clock()
+        if now - self._shown_at >= PLAIN_SECONDS or done == self._calls:
+            per_step = (now - self._started_at) / total_done
+            clip_left = self._interval(per_step * (self._calls - done))
+            left = self._interval(per_step * (self._clips * self._calls - total_done))
+            line = f"{facts}: {per_step:.2f} s/step, {clip_left} left for this clip, {left} for all"
+            print(line, file=self._stream, flush=True)
+            self._shown_at = now
+
+    def message(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is and go to a new line."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

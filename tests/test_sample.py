@@ -1,0 +1,306 @@
+"""`python -m osp_fast.sample` from flags to files, on a small random model."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from osp_fast.config import Recipe
+from osp_fast.errors import UserError
+from osp_fast.models.dit import DiT, DiTConfig
+from osp_fast.pipeline import NEGATIVE_PROMPT
+from osp_fast.sample import Progress, main, read_prompts, smaller
+
+VAE_FOLDER = Path(__file__).parent / "golden/vae"
+CONFIG = DiTConfig(
+    num_layers=2, num_attention_heads=2, attention_head_dim=24, caption_channels=16, cross_attention_dim=48
+)
+RECIPE = Recipe("v_prediction", True, False, 24.0, 9, "32x32", 16)
+WORDS = ["<pad>", "</s>", "<unk>", "high", "quality", "aesthetic", "low", "a", "red", "circle", "moves", "left"]
+
+
+def save_text_encoder(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    config = T5Config(vocab_size=len(WORDS), d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        T5EncoderModel(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """dit/ as a release, run/ as a training run with two checkpoints, text/ a T5."""
+    root = tmp_path_factory.mktemp("models")
+    dit = DiT.create(CONFIG, seed=0)
+    # A fresh DiT ends in zeros: fill them, so that its output depends on text and latents.
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            if not parameter.any() and parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter, generator=torch.Generator().manual_seed(1))
+    dit.save_pretrained(root / "dit")
+    dit.save_pretrained(root / "run/checkpoint-9/model", RECIPE)
+    for part in ("model", "model_ema"):
+        dit.save_pretrained(root / f"run/checkpoint-10/{part}", RECIPE)
+    save_text_encoder(root / "text")
+    return root
+
+
+@pytest.fixture
+def flags(models, tmp_path):
+    return dict(
+        model_path=models / "dit",
+        text_encoder_name_1=models / "text",
+        ae="tiny",
+        ae_path=VAE_FOLDER,
+        text_prompt=["A red circle"],
+        num_frames=5,
+        height=16,
+        width=32,
+        num_sampling_steps=2,
+        guidance_scale=3,
+        max_sequence_length=16,
+        sample_method="DDIM",
+        save_img_path=tmp_path / "out",
+        device="cpu",
+    )
+
+
+def command_line(flags, **changes):
+    line = []
+    for name, value in {**flags, **changes}.items():
+        if value is True:
+            line.append(f"--{name}")
+        elif value is not None:
+            line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return line
+
+
+def run(flags, **changes):
+    """Sample into a fresh folder; returns it."""
+    folder = Path(changes.get("save_img_path", flags["save_img_path"]))
+    shutil.rmtree(folder, ignore_errors=True)
+    main(command_line(flags, **changes))
+    return folder
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_as_a_program(flags, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-m", "osp_fast.sample"]
+    done = subprocess.run([*call, *command_line(flags)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert files(tmp_path / "out") == ["DDIM_0_gs3.0_s2.json", "DDIM_0_gs3.0_s2.mp4"]
+    assert "  sample_method: DDIM\n" in done.stderr  # the resolved settings
+    assert "clip 1/1, step 2/2:" in done.stderr
+    assert f"wrote {tmp_path / 'out' / 'DDIM_0_gs3.0_s2.mp4'}" in done.stderr
+    failed = subprocess.run([*call, *command_line(flags, sp=True)], capture_output=True, text=True, env=environment)
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines()[-1].startswith("error: --sp is not part of this version")
+
+
+def test_video_holds_the_frames(flags):
+    import av
+
+    folder = run(flags, fps=7)
+    with av.open(str(folder / "DDIM_0_gs3.0_s2.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.height, stream.width, stream.average_rate) == (16, 32, 7)
+        assert len(list(container.decode(stream))) == 5
+
+
+def test_sidecar_says_how_to_make_it_again(flags, models):
+    folder = run(flags, text_prompt=["A RED circle  moves", "left"], num_samples_per_prompt=2)
+    names = [f"DDIM_{index}_gs3.0_s2" for index in range(4)]
+    assert files(folder) == sorted(
+        [*(name + end for name in names for end in (".mp4", ".json")), "DDIM_gs3.0_s2_grid.mp4"]
+    )
+    facts = [json.loads((folder / f"{name}.json").read_text()) for name in names]
+    places = [(f["index"], f["prompt_index"], f["sample_index"], f["prompt"]) for f in facts]
+    assert places == [
+        (0, 0, 0, "A RED circle  moves"),
+        (1, 0, 1, "A RED circle  moves"),
+        (2, 1, 0, "left"),
+        (3, 1, 1, "left"),
+    ]
+    expected = {
+        "full_prompt": "high quality, high aesthetic, a red circle moves",
+        "negative_prompt": NEGATIVE_PROMPT,
+        "seed": 42,
+        "num_sampling_steps": 2,
+        "sample_method": "DDIM",
+        "guidance_scale": 3.0,
+        "num_frames": 5,
+        "height": 16,
+        "width": 32,
+        "fps": 24,
+        "prediction_type": "epsilon",
+        "rescale_betas_zero_snr": False,
+        "rectified_flow": False,
+        "dtype": "float32",
+        "model_path": str(models / "dit"),
+    }
+    assert {name: facts[0][name] for name in expected} == expected
+    assert set(facts[0]["versions"]) == {"osp_fast", "torch", "diffusers"}
+
+
+def test_same_seed_same_file_whatever_else_is_sampled(flags):
+    method = "EulerAncestralDiscrete"
+    folder = run(flags, sample_method=method)
+    video = (folder / f"{method}_0_gs3.0_s2.mp4").read_bytes()
+    more = run(flags, sample_method=method, text_prompt=["A red circle", "left"], num_samples_per_prompt=2)
+    assert (more / f"{method}_0_gs3.0_s2.mp4").read_bytes() == video
+    assert (more / f"{method}_1_gs3.0_s2.mp4").read_bytes() != video
+    other = run(flags, sample_method=method, seed=43)
+    assert (other / f"{method}_0_gs3.0_s2.mp4").read_bytes() != video
+
+
+def test_one_frame_is_an_image(flags):
+    from PIL import Image
+
+    folder = run(flags, num_frames=1, text_prompt=["a", "red", "circle"], save_memory=True, enable_tiling=True)
+    assert [name for name in files(folder) if name.endswith(".jpg")] == [
+        *(f"DDIM_{index}_gs3.0_s2.jpg" for index in range(3)),
+        "DDIM_gs3.0_s2_grid.jpg",
+    ]
+    with Image.open(folder / "DDIM_0_gs3.0_s2.jpg") as image:
+        assert image.size == (32, 16)
+    with Image.open(folder / "DDIM_gs3.0_s2_grid.jpg") as grid:
+        assert grid.width >= 64 and grid.height >= 32
+
+
+def test_prompts_from_a_file(flags, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa red circle\n\n   \n  left \r\n", encoding="utf-8")
+    assert read_prompts([str(path)]) == ["a red circle", "left"]
+    folder = run(flags, text_prompt=[path])
+    assert json.loads((folder / "DDIM_1_gs3.0_s2.json").read_text())["prompt"] == "left"
+
+
+def test_newest_checkpoint_of_a_run(flags, models, capsys):
+    for named in ("run", "run/checkpoint-10", "run/checkpoint-10/model_ema"):
+        folder = run(flags, model_path=models / named)
+        facts = json.loads((folder / "DDIM_0_gs3.0_s2.json").read_text())
+        assert facts["model_path"] == str(models / "run/checkpoint-10/model_ema")
+        # The recipe's way to sample, without a flag.
+        assert facts["prediction_type"] == "v_prediction" and facts["rescale_betas_zero_snr"] is True
+        assert ("the newest checkpoint is" in capsys.readouterr().err) == (named == "run")
+    folder = run(flags, model_path=models / "run/checkpoint-9")
+    facts = json.loads((folder / "DDIM_0_gs3.0_s2.json").read_text())
+    assert facts["model_path"] == str(models / "run/checkpoint-9/model")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(sp=True), "--sp is not part"),
+        (dict(caption_refiner="llama"), "--caption_refiner is not part"),
+        (dict(model_path="missing"), "missing.*config.json|config.json.* missing"),
+        (dict(ae_path="missing"), "missing"),
+        (dict(text_encoder_name_1="missing"), "missing"),
+        (dict(device="gpu"), "--device"),
+        (dict(num_sampling_steps=1), "--num_sampling_steps 1"),
+        (dict(sample_method="FlowMatchEulerDiscrete", model_path="run"), "rectified flow"),
+        (dict(prediction_type="epsilon", model_path="run"), "contradicts the checkpoint's recipe"),
+        (dict(text_prompt=["missing.txt"]), "missing.txt cannot be read"),
+        (dict(text_prompt=["empty.txt"]), "empty.txt holds no prompt"),
+        (dict(text_prompt=["binary.txt"]), "binary.txt is not text"),
+        (dict(text_prompt=["zeros.txt"]), "zeros.txt is a binary file"),
+        (dict(text_prompt=["a", "empty.txt"]), "give .*empty.txt alone"),
+        (dict(text_prompt=["a", " "]), "prompt number 2 is empty"),
+        (dict(text_prompt=["\u4e00"]), "is empty after cleaning"),
+        (dict(save_img_path="empty.txt"), "--save_img_path .*empty.txt cannot be written to"),
+        (dict(preset="tiny", model_path="tiny/run"), "train --preset tiny first"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(flags, models, tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n \n")
+    Path("binary.txt").write_bytes(b"\x89PNG\r\n\xff\xfe")
+    Path("zeros.txt").write_bytes(b"a\0b")
+    if changes.get("model_path") == "run":
+        changes = {**changes, "model_path": models / "run"}
+    with pytest.raises(UserError, match=words):
+        main(command_line(flags, **changes))
+    assert not list(tmp_path.glob("**/*.mp4"))
+
+
+def test_several_processes_are_refused(flags, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE=2"):
+        main(command_line(flags))
+
+
+def test_networks_that_do_not_fit_are_refused(flags, tmp_path):
+    DiT.create(replace(CONFIG, caption_channels=24), seed=0).save_pretrained(tmp_path / "wide")
+    with pytest.raises(UserError, match=r"16 channels.* takes 24"):
+        run(flags, model_path=tmp_path / "wide")
+    DiT.create(replace(CONFIG, in_channels=4), seed=0).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(UserError, match=r"8 latent channels.* takes 4"):
+        run(flags, model_path=tmp_path / "narrow")
+
+
+def test_compile_reaches_every_block(flags, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    run(flags, compile=True)
+    assert compiled == ["Block", "Block"]
+
+
+def test_progress_in_a_pipe_is_plain_lines():
+    stream, now = io.StringIO(), [0.0]
+    progress = Progress(2, 30, stream, clock=lambda: now[0])
+    for clip in range(2):
+        for step in range(1, 31):
+            now[0] += 1
+            progress.step(clip, step)
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "clip 1/2, step 10/30: 1.00 s/step, 00:20 left for this clip, 00:50 for all"
+    assert [line.split(":")[0] for line in lines] == [
+        f"clip {clip}/2, step {step}/30" for clip in (1, 2) for step in (10, 20, 30)
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    progress = Progress(2, 2, stream)
+    for clip in range(2):
+        for step in (1, 2):
+            progress.step(clip, step)
+    progress.message("wrote a file")
+    progress.close()
+    assert "clip 2/2, step 2/2" in stream.getvalue() and "4/4" in stream.getvalue()
+    assert "wrote a file\n" in stream.getvalue()
+
+
+def test_a_wide_grid_is_shrunk_by_whole_pixels():
+    frames = np.arange(2 * 5 * 6 * 3, dtype=np.uint8).reshape(2, 5, 6, 3)
+    half = smaller(frames, 2)
+    assert half.shape == (2, 2, 3, 3) and half.dtype == np.uint8
+    assert half[1, 0, 0, 0] == round(frames[1, :2, :2, 0].astype(float).mean())
+    assert smaller(frames, 1) is frames
