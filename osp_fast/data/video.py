@@ -39,7 +39,7 @@ class Decoder:
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self._child: subprocess.Popen | None = None
-        self._errors = tempfile.TemporaryFile()  # the children's stderr
+        self._errors_fd = _anonymous_file()  # the children's stderr
         self._memory_fd = _anonymous_file()
         self._memory = np.empty(0, np.uint8)
         self._closed = False
@@ -81,7 +81,7 @@ class Decoder:
                 self._discard(self._child)
             self._memory = np.empty(0, np.uint8)
             os.close(self._memory_fd)
-            self._errors.close()
+            os.close(self._errors_fd)
 
     def _running_child(self) -> subprocess.Popen:
         with self._state:
@@ -108,7 +108,7 @@ class Decoder:
             [sys.executable, "-m", "osp_fast.data.decode_server", str(self._memory_fd)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._errors,
+            stderr=self._errors_fd,
             pass_fds=[self._memory_fd],
             env={**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(paths)},
         )
@@ -175,9 +175,9 @@ class Decoder:
 
     def _last_words(self) -> str:
         """The last line that a child wrote to stderr."""
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "no message"
+        size = os.fstat(self._errors_fd).st_size
+        text = os.pread(self._errors_fd, 4096, max(0, size - 4096)).decode(errors="replace")
+        return text.strip().rsplit("\n", 1)[-1] or "no message"
 
 
 def _anonymous_file() -> int:

@@ -70,7 +70,7 @@ def test_pixels_come_back_whole_and_the_child_is_kept(clip, tmp_path, decoder):
     Image.fromarray(truth[0]).save(tmp_path / "image.png")
     image = decoder.decode(request(tmp_path / "image.png", [0], num_frames=1, is_image=True))
     np.testing.assert_array_equal(image, truth[:1])
-    with pytest.raises(DecodeError, match="^missing$") as error:
+    with pytest.raises(DecodeError, match=r"^missing$") as error:
         decoder.decode(request(tmp_path / "none.mp4"))
     assert error.value.whole_file
     assert pid_of(decoder) == pid

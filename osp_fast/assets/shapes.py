@@ -1,0 +1,181 @@
+"""A generated data set in the real layout: coloured shapes that move, as H.264 clips and jpg images with captions.
+
+    data.txt           three lines DATA_ROOT,ANNOTATION; the root of all is `shapes`
+    videos.json        four fifths of the clips; more_videos.pkl: the others
+    images.json
+    shapes/clips/      33 frames of 64 x 64 at 24 fps by default, so that windows of 17 frames exist
+    shapes/images/
+    generated.json     the arguments; written last, so that it marks a finished folder
+
+Every picture is drawn from a formula: a shape's edge is where its signed distance is 0, and coverage falls from 1 to 0
+over one pixel around it, which smooths edges and makes motion by less than a pixel visible.
+"""
+
+import itertools
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from osp_fast.data.write import write_image, write_video
+from osp_fast.errors import UserError
+from osp_fast.seeding import python_random
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 190, 70),
+    "blue": (60, 110, 240),
+    "yellow": (240, 210, 50),
+    "purple": (160, 70, 200),
+    "white": (245, 245, 245),
+}
+BACKGROUNDS = {"dark blue": (16, 24, 72), "black": (0, 0, 0), "grey": (112, 112, 112)}
+# motion -> (caption, direction as (column, row))
+MOTIONS = {
+    "right": ("moves to the right", (1, 0)),
+    "left": ("moves to the left", (-1, 0)),
+    "up": ("moves up", (0, -1)),
+    "down": ("moves down", (0, 1)),
+    "still": ("stays still", (0, 0)),
+}
+RADIUS = (0.14, 0.2)  # of a shape, as a part of the picture's side
+TRAVEL = (0.3, 0.45)  # of a moving shape from first to last frame, as a part of the picture's side
+PICKLED_PART = 0.2  # of the clips, described in a .pkl instead of the .json
+DATA_ROOT = "shapes"
+REPORT_EVERY = 50  # files between two lines of progress
+FPS = 24
+
+
+def circle(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance to a circle around the origin, pixels, negative inside."""
+    return np.hypot(x, y) - radius
+
+
+def square(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance (inside and near the edges) to a square whose side is twice 0.89 `radius`: a circle's area."""
+    return np.maximum(np.abs(x), np.abs(y)) - 0.89 * radius
+
+
+def triangle(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance (inside and near the edges) to a triangle of equal sides, point up, 1.2 `radius` to its tips."""
+    inner = 0.6 * radius
+    return np.maximum(y, 0.75**0.5 * np.abs(x) - 0.5 * y) - inner
+
+
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    "circle": circle,
+    "square": square,
+    "triangle": triangle,
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows. Lengths are parts of the picture's side; `start` is (column, row) of the shape's centre."""
+
+    colour: str
+    shape: str
+    motion: str
+    background: str
+    radius: float
+    travel: float
+    start: tuple[float, float]
+
+    @classmethod
+    def draw(cls, number: int, seed: int) -> "Scene":
+        """Scene `number`: colours, shapes, motions and backgrounds in a shuffled order that repeats none early."""
+        kinds = list(itertools.product(COLOURS, SHAPES, MOTIONS, BACKGROUNDS))
+        python_random("shapes order", seed).shuffle(kinds)
+        colour, shape, motion, background = kinds[number % len(kinds)]
+        draw = python_random("shape", seed, number)
+        radius, travel = draw.uniform(*RADIUS), draw.uniform(*TRAVEL)
+        margin = 1.2 * radius  # the reach of a triangle
+        start = []
+        for direction in MOTIONS[motion][1]:
+            low = margin + max(0, -direction) * travel
+            high = 1 - margin - max(0, direction) * travel
+            start.append(draw.uniform(low, high))
+        return cls(colour, shape, motion, background, radius, travel, (start[0], start[1]))
+
+    def caption(self, moving: bool) -> str:
+        """What can be seen, in words; `moving` tells of the motion too."""
+        motion = f" {MOTIONS[self.motion][0]}" if moving else ""
+        return f"a {self.colour} {self.shape}{motion} on a {self.background} background"
+
+    def frames(self, count: int, size: int) -> np.ndarray:
+        """The clip, uint8 (count, size, size, 3): the shape covers its distance at constant speed."""
+        time = np.linspace(0, 1, count)[:, None, None] if count > 1 else np.zeros((1, 1, 1))
+        x0, y0 = (
+            (start + direction * self.travel * time) * size
+            for start, direction in zip(self.start, MOTIONS[self.motion][1], strict=True)
+        )
+        centres = np.arange(size) + 0.5
+        distance = SHAPES[self.shape](centres[None, None, :] - x0, centres[None, :, None] - y0, self.radius * size)
+        coverage = np.clip(0.5 - distance, 0, 1)[..., None]
+        colour, background = np.array(COLOURS[self.colour]), np.array(BACKGROUNDS[self.background])
+        return np.round(background + coverage * (colour - background)).astype(np.uint8)
+
+
+def generate_shapes(
+    folder: str | Path, clips: int = 270, images: int = 90, *, size: int = 64, frames: int = 33, seed: int = 0
+) -> None:
+    """Make the data set in `folder`, which is complete or absent at any time; a finished one is kept as it is.
+
+    `size` is the side of the pictures, pixels, even; `frames` the length of the clips. The same arguments give the same
+    bytes with the same versions of the libraries. Raises UserError if the folder holds anything else.
+    """
+    folder = Path(folder)
+    arguments = dict(clips=clips, images=images, size=size, frames=frames, seed=seed, version=1)
+    mark = folder / "generated.json"
+    if mark.exists() and json.loads(mark.read_text()) == arguments:
+        return
+    if folder.exists() and not mark.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is not a generated data set: name another folder, or remove it")
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for kind in ("clips", "images"):
+        (unfinished / DATA_ROOT / kind).mkdir(parents=True)
+    scenes = [Scene.draw(number, seed) for number in range(max(clips, images))]
+    videos = [_write_clip(unfinished, number, scenes[number], frames, size, clips) for number in range(clips)]
+    pictures = [_write_picture(unfinished, number, scenes[-1 - number], size, images) for number in range(images)]
+    pickled = round(clips * PICKLED_PART)
+    (unfinished / "videos.json").write_text(json.dumps(videos[pickled:], indent=1))
+    (unfinished / "more_videos.pkl").write_bytes(pickle.dumps(videos[:pickled], protocol=4))
+    (unfinished / "images.json").write_text(json.dumps(pictures, indent=1))
+    annotations = ("videos.json", "more_videos.pkl", "images.json")
+    (unfinished / "data.txt").write_text("".join(f"{DATA_ROOT},{name}\n" for name in annotations))
+    (unfinished / mark.name).write_text(json.dumps(arguments))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(unfinished, folder)
+
+
+def _write_clip(folder: Path, number: int, scene: Scene, frames: int, size: int, total: int) -> dict:
+    """Write clip `number`; its annotation."""
+    path = f"clips/{number:04d}.mp4"
+    write_video(folder / DATA_ROOT / path, scene.frames(frames, size), FPS)
+    _report("clips", number + 1, total)
+    return {**_entry(path, scene.caption(moving=True), size), "num_frames": frames, "fps": FPS}
+
+
+def _write_picture(folder: Path, number: int, scene: Scene, size: int, total: int) -> dict:
+    """Write image `number`, the first frame of the scene; its annotation."""
+    path = f"images/{number:04d}.jpg"
+    write_image(folder / DATA_ROOT / path, scene.frames(1, size)[0])
+    _report("images", number + 1, total)
+    return _entry(path, scene.caption(moving=False), size)
+
+
+def _entry(path: str, caption: str, size: int) -> dict:
+    # An aesthetic score in the middle: no sentence about it lengthens the caption.
+    return {"path": path, "cap": [caption], "resolution": {"height": size, "width": size}, "aesthetic": 5.0}
+
+
+def _report(kind: str, done: int, total: int) -> None:
+    if done % REPORT_EVERY == 0 or done == total:
+        print(f"generated {done} of {total} {kind}", file=sys.stderr, flush=True)
