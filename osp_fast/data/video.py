@@ -68,6 +68,10 @@ class Decoder:
             self._ask(child, {**fields, "alarm_s": self.timeout_s + ALARM_MARGIN_S})
             return self._memory[:size].reshape(request.shape)
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def close(self) -> None:
         """Kill the child, which ends a running `decode`, and give back the memory."""
         with self._state:

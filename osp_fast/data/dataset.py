@@ -1,0 +1,254 @@
+"""Batches of decoded clips: the same for any number of workers and ranks, and after any resume.
+
+Everything that is drawn for a clip depends on the seed, the epoch and the clip alone. Worker threads each own a
+decoder process (`video.py`); the order of results is the order of the epoch, whoever is faster.
+"""
+
+import contextlib
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from osp_fast.config import DataConfig
+from osp_fast.data.buckets import Bucket, Clip, Plan
+from osp_fast.data.captions import training_caption
+from osp_fast.data.clip_request import ClipRequest, DecodeError
+from osp_fast.data.frames import frame_indices
+from osp_fast.data.order import epoch_batches, rank_share
+from osp_fast.data.rejects import RejectLog
+from osp_fast.data.resize import resize_and_crop
+from osp_fast.data.rgb import usable_cores
+from osp_fast.data.video import Decoder
+from osp_fast.errors import UserError
+from osp_fast.seeding import python_random
+
+PREFETCH = 2  # clips per worker that are decoded ahead
+DECODER_THREADS = 16  # at most, for one clip
+CLOSE_TIMEOUT_S = 10.0
+NAMED = 3  # files named in an error
+
+
+@dataclass
+class LoadedClip:
+    """A clip ready for the VAE. `slot` is its place in the global batch, `clip_index` its place in the plan.
+
+    `pixels` is uint8 (3, T, H, W), RGB, of the bucket's size; `caption` is cleaned, and "" where it was dropped.
+    """
+
+    slot: int
+    clip_index: int
+    path: str
+    bucket: Bucket
+    pixels: Tensor
+    caption: str
+
+
+@dataclass
+class StepBatch:
+    """One rank's clips of one optimizer step; `wait_s` is how long the caller waited for them, seconds."""
+
+    epoch: int
+    index: int
+    batches_in_epoch: int
+    clips: list[LoadedClip]
+    wait_s: float = 0.0
+
+
+class ClipLoader:
+    """Iterates over epochs without end, from batch `first_batch` of `epoch` on, yielding this rank's `StepBatch`es.
+
+    A clip that cannot be decoded is replaced by another of its bucket, the same one whenever it happens, and noted in
+    `rejects`. Iterating raises UserError when too many files are broken or a bucket has no sound one. Call `close` (or
+    use the loader as a context manager) to end threads and decoder processes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_batch_size: int,
+        drop_caption: float,
+        chinese: bool,
+        rejects: RejectLog,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch: int = 0,
+        first_batch: int = 0,
+    ) -> None:
+        if not plan.clips:
+            raise ValueError("the plan has no clips")
+        self._plan = plan
+        self._config = config
+        self._seed = seed
+        self._global_batch_size = global_batch_size
+        self._drop_caption = drop_caption
+        self._chinese = chinese
+        self._rejects = rejects
+        self._rank, self._world_size = rank, world_size
+        self._epoch, self._first_batch = epoch, first_batch
+        workers = config.dataloader_num_workers
+        self._threads = max(1, min(DECODER_THREADS, usable_cores() // (workers * world_size)))
+        self._broken: dict[str, str] = {}  # file -> why no clip of it can be decoded
+        self._crews: list[_Crew] = []
+
+    def __enter__(self) -> "ClipLoader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End threads and decoder processes, also those that hang."""
+        while self._crews:
+            self._crews.pop().close()
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        crew = _Crew(self._config.dataloader_num_workers, self._config.decode_timeout, self._load)
+        self._crews.append(crew)
+        share = self._global_batch_size // self._world_size
+        ahead = max(PREFETCH * self._config.dataloader_num_workers, share)
+        waiting: deque[tuple[StepBatch, Future]] = deque()
+        try:
+            for batch, slot, clip_index in self._order():
+                waiting.append((batch, crew.submit(batch.epoch, slot, clip_index)))
+                while len(waiting) > ahead:
+                    filled = self._collect(*waiting.popleft())
+                    if len(filled.clips) == share:
+                        yield filled
+        except (CancelledError, DecodeError):
+            return  # another thread closed the loader
+        finally:
+            crew.close()
+
+    def _order(self) -> Iterator[tuple[StepBatch, int, int]]:
+        """This rank's clips in order: the batch they go into, their slot in it, their number in the plan."""
+        buckets = [clip.bucket for clip in self._plan.clips]
+        epoch, first = self._epoch, self._first_batch
+        while True:
+            batches = epoch_batches(
+                buckets,
+                seed=self._seed,
+                epoch=epoch,
+                global_batch_size=self._global_batch_size,
+                group_data=self._config.group_data,
+            )
+            for index in range(first, len(batches)):
+                batch = StepBatch(epoch, index, len(batches), [])
+                for slot in rank_share(batches[index], self._rank, self._world_size):
+                    yield batch, slot, batches[index][slot]
+            epoch, first = epoch + 1, 0
+
+    @staticmethod
+    def _collect(batch: StepBatch, clip: "Future[LoadedClip]") -> StepBatch:
+        start = time.monotonic()
+        batch.clips.append(clip.result())
+        batch.wait_s += time.monotonic() - start
+        return batch
+
+    def _load(self, decoder: Decoder, epoch: int, slot: int, clip_index: int) -> LoadedClip:
+        """Load a clip, or the first sound one of the others in its bucket. Runs in the workers."""
+        bucket = self._plan.clips[clip_index].bucket
+        candidates = self._candidates(epoch, clip_index)
+        index: int | None = clip_index
+        while index is not None:
+            clip = self._plan.clips[index]
+            try:
+                pixels = self._pixels(decoder, clip, epoch, index)
+            except DecodeError as error:
+                if decoder.closed:
+                    raise
+                if error.whole_file:
+                    self._broken[clip.entry.file] = error.reason
+                index = next(candidates, None)
+                substitute = None if index is None else self._plan.clips[index].entry.path
+                self._rejects.add(clip.entry.path, clip.entry.file, error.reason, substitute)
+                continue
+            draw = python_random("caption", self._seed, epoch, index)
+            caption = training_caption(clip.entry, draw, self._drop_caption, self._chinese)
+            return LoadedClip(slot, index, clip.entry.path, bucket, pixels, caption)
+        raise UserError(self._nothing_sound(bucket))
+
+    def _candidates(self, epoch: int, clip_index: int) -> Iterator[int]:
+        """The other clips of the bucket in the order in which they may take the clip's place; known bad ones not."""
+        members = self._plan.buckets[self._plan.clips[clip_index].bucket]
+        draw = python_random("substitute", self._seed, epoch, clip_index)
+        for index in draw.sample(members, len(members)):
+            if index != clip_index and self._plan.clips[index].entry.file not in self._broken:
+                yield index
+
+    def _pixels(self, decoder: Decoder, clip: Clip, epoch: int, clip_index: int) -> Tensor:
+        """The clip's pixels (3, T, H, W) uint8; DecodeError if its file is known to be broken or turns out to be."""
+        entry = clip.entry
+        if entry.file in self._broken:
+            raise DecodeError(self._broken[entry.file])
+        draw = python_random("frames", self._seed, epoch, clip_index)
+        request = ClipRequest(
+            file=entry.file,
+            indices=tuple(frame_indices(entry, clip.bucket.frames, self._config, draw)),
+            rect=clip.geometry.source,
+            height=entry.height,
+            width=entry.width,
+            num_frames=entry.num_frames,
+            is_image=entry.is_image,
+            threads=self._threads,
+        )
+        return resize_and_crop(decoder.decode(request), clip.geometry, clip.bucket)
+
+    def _nothing_sound(self, bucket: Bucket) -> str:
+        paths = [self._plan.clips[index].entry.path for index in self._plan.buckets[bucket]]
+        names = ", ".join(paths[:NAMED]) + (", ..." if len(paths) > NAMED else "")
+        return f"no clip of bucket {bucket} can be decoded ({names}): repair or remove them (see rejects.jsonl)"
+
+
+class _Crew:
+    """Worker threads with a decoder each. Daemons: a program that ends without `close` does not wait for them."""
+
+    def __init__(self, workers: int, timeout_s: float, load: Callable[[Decoder, int, int, int], LoadedClip]) -> None:
+        self._load = load
+        self._tasks: queue.SimpleQueue[tuple[Future, int, int, int] | None] = queue.SimpleQueue()
+        self._closing = threading.Lock()
+        self._closed = False
+        self._decoders = [Decoder(timeout_s) for _ in range(workers)]
+        self._threads = [threading.Thread(target=self._work, args=(each,), daemon=True) for each in self._decoders]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, epoch: int, slot: int, clip_index: int) -> "Future[LoadedClip]":
+        """The clip's future; cancelled if the crew is closed before it is loaded."""
+        future: Future[LoadedClip] = Future()
+        with self._closing:
+            if self._closed:
+                future.cancel()
+            else:
+                self._tasks.put((future, epoch, slot, clip_index))
+        return future
+
+    def close(self) -> None:
+        """End everything, also a decoder that hangs; what was not loaded yet never will be."""
+        with self._closing:
+            self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while (task := self._tasks.get_nowait()) is not None:
+                task[0].cancel()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for decoder in self._decoders:
+            decoder.close()
+        for thread in self._threads:
+            thread.join(CLOSE_TIMEOUT_S)
+
+    def _work(self, decoder: Decoder) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, *place = task
+            try:
+                future.set_result(self._load(decoder, *place))
+            except Exception as error:  # raised again where the clip is due
+                future.set_exception(error)

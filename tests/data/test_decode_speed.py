@@ -1,0 +1,75 @@
+"""The cost of a clip through the child process, beside that of plain PyAV for the same frames."""
+
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from osp_fast.data.clip_request import ClipRequest
+from osp_fast.data.video import Decoder
+
+HEIGHT, WIDTH, FPS, SECONDS, FRAMES = 1080, 1920, 24, 30, 93
+FIRST = (SECONDS * FPS - FRAMES) // 2
+ROUNDS = 5
+ALLOWED = 1.15
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """30 s of 1080p: a textured picture that slides."""
+    path = tmp_path_factory.mktemp("speed") / "clip.mp4"
+    rows, columns = np.mgrid[: 2 * HEIGHT, : 2 * WIDTH]
+    texture = (128 + 60 * np.sin(columns / 37) + 50 * np.sin(rows / 23 + columns / 91)).astype(np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "28"})
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        for number in range(SECONDS * FPS):
+            y, x = number * 2 % HEIGHT, number * 4 % WIDTH
+            planes = np.full((HEIGHT * 3 // 2, WIDTH), 128, np.uint8)
+            planes[:HEIGHT] = texture[y : y + HEIGHT, x : x + WIDTH]
+            frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def plain(path: Path, convert: bool) -> float:
+    """Seconds that PyAV takes to seek to the frames and decode them, with or without their conversion to RGB."""
+    start = time.perf_counter()
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_type = "AUTO"
+        first = round(FIRST / FPS / stream.time_base)
+        container.seek(first, stream=stream)
+        frames = []
+        for frame in container.decode(stream):
+            if frame.pts >= first:
+                frames.append(frame.to_ndarray(format="rgb24") if convert else frame.pts)
+            if len(frames) == FRAMES:
+                break
+    return time.perf_counter() - start
+
+
+def ours(decoder: Decoder, path: Path) -> float:
+    """Seconds that the decoder takes for the same frames."""
+    frames = tuple(range(FIRST, FIRST + FRAMES))
+    request = ClipRequest(str(path), frames, (0, WIDTH, 0, HEIGHT), HEIGHT, WIDTH, SECONDS * FPS, False)
+    start = time.perf_counter()
+    assert decoder.decode(request).shape == (FRAMES, HEIGHT, WIDTH, 3)
+    return time.perf_counter() - start
+
+
+def test_a_clip_costs_little_more_than_its_decoding(clip, capsys):
+    with Decoder(timeout_s=120) as decoder:
+        ours(decoder, clip)  # the process starts, its memory is laid out
+        rounds = [(plain(clip, False), plain(clip, True), ours(decoder, clip)) for _ in range(ROUNDS)]
+    decoded, converted, full = np.min(rounds, axis=0)  # the least of each: others may use the cores too
+    with capsys.disabled():
+        print(
+            f"\n93 frames of 1080p: {full:.3f} s; {full / decoded:.2f} x PyAV's seek and decode,"
+            f" {full / converted:.2f} x with RGB"
+        )
+    assert full <= ALLOWED * converted
