@@ -55,4 +55,5 @@ class EMA:
     def load(self, averaged: nn.Module, updates: int) -> None:
         """Go on from an average that was saved: a module with its weights, and the updates that it had taken in."""
         self.updates = updates
-        torch._foreach_copy_(self.average, [parameter.detach() for parameter in averaged.parameters()])
+        for average, parameter in zip(self.average, averaged.parameters(), strict=True):
+            average.copy_(parameter)

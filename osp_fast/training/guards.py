@@ -2,32 +2,24 @@
 
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 from osp_fast.config import RunConfig
+from osp_fast.device import check_single_process
 from osp_fast.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 10
 
 
-def refuse_parallel_runs(run: RunConfig, environ: Mapping[str, str]) -> None:
-    """Raise `UserError` for a run on several GPUs, which this version cannot do.
-
-    Args:
-        environ: the environment, where launchers such as torchrun put WORLD_SIZE.
-    """
-    world_size = environ.get("WORLD_SIZE", "1")
+def refuse_parallel_runs(run: RunConfig) -> None:
+    """Raise `UserError` for a run on several GPUs, which this version cannot do."""
     if run.sp_size > 1:
         raise UserError(
             f"--sp_size {run.sp_size}: sequence parallelism is not part of this version, train with --sp_size 1"
         )
-    if world_size != "1":
-        raise UserError(
-            f"WORLD_SIZE={world_size}: training on several GPUs is not part of this version, start one process"
-            " (python -m osp_fast.train, without torchrun)"
-        )
+    check_single_process("training")
 
 
 class StopSignals:

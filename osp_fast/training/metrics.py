@@ -1,6 +1,7 @@
 """The history of a run: metrics.jsonl and, if asked for, TensorBoard."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,25 @@ class MetricsLog:
         self._lines = self.file.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record, which has a `step`; it is in the operating system's hands when this returns."""
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
+        """Append a record, which has a `step`; it is in the operating system's hands when this returns.
+
+        Numbers that are not finite become null: JSON has no word for them.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        record = {name: None if _not_finite(value) else value for name, value in record.items()}
+        try:
+            self._lines.write(json.dumps(record) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.file} cannot be written ({error}): make room and go on with --resume_from_checkpoint latest"
+            ) from error
         if self._board is not None:
             for name in TENSORBOARD_FIELDS:
+                if record[name] is None:
+                    continue
                 self._board.add_scalar(f"train/{name}", record[name], record["step"])
 
     def close(self) -> None:
@@ -67,6 +82,10 @@ def drop_lines_after(file: Path, step: int) -> None:
         out.flush()
         os.fsync(out.fileno())
     rewritten.replace(file)
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _open_tensorboard(folder: Path, resumed_step: int) -> Any:

@@ -4,7 +4,7 @@ from typing import Any
 
 from osp_fast.config import TrainConfig, as_dict
 from osp_fast.errors import UserError
-from osp_fast.training.state import TrainerState
+from osp_fast.training.state import FILE_NAME, TrainerState
 
 # The model would be trained towards something else, so its average and its optimizer state would mean nothing.
 ANOTHER_MODEL = (
@@ -80,17 +80,15 @@ def check_resume(state: TrainerState, config: TrainConfig, data_fingerprint: str
     Raises:
         UserError: a setting changed that makes the checkpoint's state or its place in the data meaningless.
     """
-    now = as_dict(config)
+    was, now = _Settings(state.config, f"{name}/{FILE_NAME}"), _Settings(as_dict(config), "the settings")
     start_anew = f"to change it, start a new run with --pretrained {name}/model and another --output_dir"
     for field in ANOTHER_MODEL + OTHER_DATA:
-        was, wanted = _value(state.config, field), _value(now, field)
-        if was != wanted:
-            raise UserError(f"{name} was trained with {_flag(field)} {was}, not {wanted}: {start_anew}")
-    was, wanted = _global_batch(state.config), _global_batch(now)
-    if was != wanted:
+        if was[field] != now[field]:
+            raise UserError(f"{name} was trained with {_flag(field)} {was[field]}, not {now[field]}: {start_anew}")
+    if was.global_batch != now.global_batch:
         raise UserError(
-            f"{name} was trained with {was} clips per step (--train_batch_size times --gradient_accumulation_steps),"
-            f" not {wanted}: {start_anew}"
+            f"{name} was trained with {was.global_batch} clips per step (--train_batch_size times"
+            f" --gradient_accumulation_steps), not {now.global_batch}: {start_anew}"
         )
     if state.data_fingerprint != data_fingerprint:
         raise UserError(
@@ -98,20 +96,31 @@ def check_resume(state: TrainerState, config: TrainConfig, data_fingerprint: str
             f" the annotations; {start_anew}"
         )
     return [
-        f"{_flag(field)} is {_value(now, field)}; {name} was trained with {_value(state.config, field)}"
+        f"{_flag(field)} is {now[field]}; {name} was trained with {was[field]}"
         for field in ON_PURPOSE
-        if _value(state.config, field) != _value(now, field)
+        if was[field] != now[field]
     ]
 
 
-def _value(config: dict[str, Any], field: str) -> Any:
-    group, name = field.split(".")
-    return config.get(group, {}).get(name)
+class _Settings:
+    """Resolved settings by "group.field"; `source` is where they stand, for messages."""
+
+    def __init__(self, config: dict[str, Any], source: str):
+        self._config = config
+        self._source = source
+
+    def __getitem__(self, field: str) -> Any:
+        group, name = field.split(".")
+        try:
+            return self._config[group][name]
+        except (KeyError, TypeError):
+            raise UserError(f"{self._source}: config.{field} is missing: resume from another checkpoint") from None
+
+    @property
+    def global_batch(self) -> int:
+        """Clips of one optimizer step."""
+        return self["optimizer.train_batch_size"] * self["optimizer.gradient_accumulation_steps"]
 
 
 def _flag(field: str) -> str:
     return "--" + field.split(".")[1]
-
-
-def _global_batch(config: dict[str, Any]) -> int:
-    return config["optimizer"]["train_batch_size"] * config["optimizer"]["gradient_accumulation_steps"]

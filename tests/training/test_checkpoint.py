@@ -128,7 +128,7 @@ def test_a_failed_write_leaves_the_older_ones_and_nothing_else(tmp_path, run, mo
         monkeypatch.setattr("pathlib.Path.mkdir", failing_after(0, None))
     else:
         monkeypatch.setattr(module, function, failing_after(calls, getattr(module, function)))
-    with pytest.raises(UserError, match="checkpoint-2 could not be written .*No space left"):
+    with pytest.raises(UserError, match=r"checkpoint-2 could not be written .*No space left"):
         run.save(tmp_path, 2, limit=1)
     assert names(tmp_path) == ["checkpoint-1"]
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -212,7 +212,7 @@ def test_a_named_checkpoint(tmp_path, run):
     folder = run.save(tmp_path, 4, ema=False)
     assert find_checkpoint(str(folder), tmp_path / "other", print) == folder
     assert find_checkpoint("checkpoint-4", tmp_path, print) == folder
-    with pytest.raises(UserError, match="checkpoint-5 does not exist; checkpoints in .*: checkpoint-4"):
+    with pytest.raises(UserError, match=r"checkpoint-5 does not exist; checkpoints in .*: checkpoint-4"):
         find_checkpoint("checkpoint-5", tmp_path, print)
 
 

@@ -39,12 +39,18 @@ def test_non_finite_steps_in_a_row_end_the_run():
     assert guard.skipped == 4 + 2 * MAX_SKIPPED_IN_A_ROW - 1
 
 
-@pytest.mark.parametrize("sp_size, environ, words", [(2, {}, "--sp_size 2"), (1, {"WORLD_SIZE": "8"}, "WORLD_SIZE=8")])
-def test_parallel_runs_are_refused(sp_size, environ, words):
+@pytest.mark.parametrize("sp_size, world_size, words", [(2, None, "--sp_size 2"), (1, "8", "WORLD_SIZE=8")])
+def test_parallel_runs_are_refused(monkeypatch, sp_size, world_size, words):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world_size:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
     with pytest.raises(UserError, match=f"{words}.*not part of this version"):
-        refuse_parallel_runs(RunConfig(sp_size=sp_size), environ)
+        refuse_parallel_runs(RunConfig(sp_size=sp_size))
 
 
-@pytest.mark.parametrize("environ", [{}, {"WORLD_SIZE": "1"}])
-def test_one_process_may_train(environ):
-    refuse_parallel_runs(RunConfig(), environ)
+@pytest.mark.parametrize("world_size", [None, "1"])
+def test_one_process_may_train(monkeypatch, world_size):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world_size:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    refuse_parallel_runs(RunConfig())

@@ -81,10 +81,17 @@ def test_the_rest_may_change(field):
 
 
 def test_another_global_batch_or_other_clips_are_refused():
-    with pytest.raises(UserError, match="1 clips per step.*not 7"):
+    with pytest.raises(UserError, match=r"1 clips per step.*not 7"):
         check_resume(state_of(TrainConfig()), changed("optimizer.train_batch_size"), "clips", "ck")
     with pytest.raises(UserError, match="--data selects other clips"):
         check_resume(state_of(TrainConfig()), TrainConfig(), "other clips", "ck")
+
+
+def test_a_state_without_settings_is_refused():
+    state = state_of(TrainConfig())
+    del state.config["optimizer"]
+    with pytest.raises(UserError, match=r"ck/trainer_state.json: config\.optimizer\.\w+ is missing"):
+        check_resume(state, TrainConfig(), "clips", "ck")
 
 
 def test_recipe_words():

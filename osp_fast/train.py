@@ -1,0 +1,137 @@
+"""Training from the command line: python -m osp_fast.train --preset tiny, or upstream's flags.
+
+The run's settings, history and checkpoints go to `--output_dir`; `osp_fast/training` does the work.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from osp_fast.assets.build import ensure_tiny
+from osp_fast.cli import parse_train
+from osp_fast.config import TINY_FOLDER, TrainConfig, as_dict
+from osp_fast.data.buckets import Plan, load_plan
+from osp_fast.data.dataset import ClipLoader
+from osp_fast.data.rejects import RejectLog
+from osp_fast.device import resolve_device
+from osp_fast.errors import UserError, run_entry_point
+from osp_fast.training.build import build_dit, build_text_encoder, build_vae, set_precision
+from osp_fast.training.guards import StopSignals, refuse_parallel_runs
+from osp_fast.training.loop import Trainer, prepare_output
+from osp_fast.training.metrics import MetricsLog
+from osp_fast.training.place import clips_per_step, plan_summary, starting_point, steps_per_epoch
+from osp_fast.training.progress import Progress
+from osp_fast.training.step import ClipLoss
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the flags say. Raises `UserError`, and SystemExit when a signal ended the run (130 or 143)."""
+    config, _ = parse_train(argv)
+    refuse_parallel_runs(config.run)
+    if config.run.preset == "tiny":
+        ensure_tiny(TINY_FOLDER)
+    code = train(config)
+    if code:
+        sys.exit(code)
+
+
+def train(config: TrainConfig) -> int:
+    """A training run from beginning to end. Returns the exit code: 0, or 130 or 143 after SIGINT or SIGTERM.
+
+    Raises:
+        UserError: anything that the user has to mend.
+    """
+    run = config.run
+    output_dir = Path(run.output_dir)
+    checkpoint = prepare_output(config, say)
+    for group, values in as_dict(config).items():
+        say(f"{group}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
+    plan = load_plan(config.data, run.seed, say)
+    say(plan_summary(plan))
+    state = starting_point(config, plan, checkpoint, say)
+    save_settings(config)
+    total_steps = run.max_train_steps or run.num_train_epochs * steps_per_epoch(plan, config)
+    if state.step >= total_steps:
+        say(f"{checkpoint} is already at step {state.step} of {total_steps}: raise --max_train_steps to train further")
+        return 0
+
+    device = resolve_device(run.device)
+    set_precision(config.model)
+    dit = build_dit(config, checkpoint, device)
+    vae = build_vae(config.model, dit, device)
+    text_encoder = build_text_encoder(config.model, dit, device)
+    say(f"{sum(p.numel() for p in dit.parameters()) / 1e6:.1f} M parameters on {device}, {total_steps} steps")
+    trainer = Trainer(config, ClipLoss(dit, vae, text_encoder, config, device), state, checkpoint, total_steps)
+    loader = ClipLoader(
+        plan,
+        config.data,
+        seed=run.seed,
+        global_batch_size=clips_per_step(config),
+        drop_caption=config.diffusion.cfg,
+        chinese=text_encoder.is_multilingual,
+        rejects=RejectLog(output_dir / "rejects.jsonl", config.data.max_bad_samples),
+        epoch=state.epoch,
+        first_batch=state.batch,
+    )
+    continued = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    metrics = MetricsLog(run, resumed_step=state.step if continued else 0)
+    progress = Progress(state.step, total_steps)
+    try:
+        with StopSignals() as stop:
+            last = trainer.run(loader, metrics, progress, stop)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"step {state.step + 1} does not fit into the memory of {device}: use --gradient_checkpointing,"
+            " --enable_tiling, --mixed_precision bf16 or a smaller --train_batch_size"
+        ) from error
+    finally:
+        progress.close()
+        metrics.close()
+        loader.close()
+    if state.step < total_steps:
+        say(f"{stop.received.name}: stopped after step {state.step}; go on with --resume_from_checkpoint {last}")
+        return stop.exit_code
+    say(f"trained {state.step} steps: {last}\nsample from it: {sample_command(config, plan, last)}")
+    return 0
+
+
+def say(line: str) -> None:
+    """Print a line for the user on stderr, at once also into a pipe."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def save_settings(config: TrainConfig) -> None:
+    """Save the resolved settings as `output_dir/config.json`. Raises `UserError`."""
+    file = Path(config.run.output_dir) / "config.json"
+    try:
+        file.write_text(json.dumps(as_dict(config), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error}): make room or choose another --output_dir") from error
+
+
+def sample_command(config: TrainConfig, plan: Plan, checkpoint: Path) -> str:
+    """The command that samples from a checkpoint at the size that most clips have."""
+    bucket = max(plan.buckets, key=lambda bucket: len(plan.buckets[bucket]))
+    caption = plan.clips[plan.buckets[bucket][0]].entry.captions[0]
+    words = ["python", "-m", "osp_fast.sample"]
+    words += ["--model_path", str(checkpoint / ("model_ema" if config.run.use_ema else "model"))]
+    if config.run.preset is not None:
+        words += ["--preset", config.run.preset]
+    else:
+        words += ["--ae", config.model.ae, "--ae_path", config.model.ae_path]
+        words += ["--text_encoder_name_1", config.model.text_encoder_name_1]
+        words += ["--max_sequence_length", str(config.model.model_max_length)]
+        if config.model.cache_dir is not None:
+            words += ["--cache_dir", config.model.cache_dir]
+        if config.diffusion.rf_scheduler:
+            words += ["--sample_method", "FlowMatchEulerDiscrete"]
+    words += ["--num_frames", str(bucket.frames), "--height", str(bucket.height), "--width", str(bucket.width)]
+    return shlex.join([*words, "--text_prompt", caption])
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,112 @@
+"""The networks of a training run, on its device and in its precision."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osp_fast.config import ModelConfig, TrainConfig
+from osp_fast.errors import UserError
+from osp_fast.models.dit import DIT_CONFIGS, DiT, DiTConfig
+from osp_fast.models.text_encoder import TextEncoder, find_folder
+from osp_fast.models.wfvae import WFVAE
+
+# Flags that replace values of a DiT folder's config.json.
+OVERRIDES = ("interpolation_scale_t", "interpolation_scale_h", "interpolation_scale_w", "sparse1d", "sparse_n")
+# Values that the tensors do not depend on: here a folder may differ from what `--model` names.
+FREE_FIELDS = frozenset((*OVERRIDES, "sample_size_t", "sample_size_h", "sample_size_w", "cross_attention_dim"))
+
+
+def set_precision(model: ModelConfig) -> None:
+    """Let float32 products and convolutions on NVIDIA GPUs use TF32, or not (`--allow_tf32`); for the whole process."""
+    torch.backends.cuda.matmul.allow_tf32 = model.allow_tf32
+    torch.backends.cudnn.allow_tf32 = model.allow_tf32
+
+
+def build_dit(config: TrainConfig, checkpoint: Path | None, device: torch.device) -> DiT:
+    """The DiT to train, float32: from a checkpoint's `model`, else from `--pretrained`, else fresh by `--seed`.
+
+    Raises:
+        UserError: the folder does not hold the architecture that `--model` names, or does not load strictly.
+    """
+    model = config.model
+    overrides = {name: getattr(model, name) for name in OVERRIDES if getattr(model, name) is not None}
+    folder = checkpoint / "model" if checkpoint is not None else model.pretrained
+    if folder is None:
+        dit = DiT.create(replace(DIT_CONFIGS[model.model], **overrides), config.run.seed, device)
+    else:
+        _check_architecture(Path(folder), model)
+        dit = load_trainable(Path(folder), device, **overrides)
+    dit.gradient_checkpointing = model.gradient_checkpointing
+    return dit.train()
+
+
+def load_trainable(folder: Path, device: torch.device | str = "cpu", **overrides: Any) -> DiT:
+    """A float32 DiT from a model folder, in memory of its own. Raises `UserError`.
+
+    Tensors fresh from a safetensors file lie in the mapped file at any address. Vectorised sums over them start at
+    another place than over aligned memory and round differently, so a resumed run would drift from one that never
+    stopped; and a training run should not hang on the file.
+    """
+    dit = DiT.from_pretrained(folder, torch.float32, device, **overrides)
+    for parameter in dit.parameters():
+        parameter.data = parameter.data.clone()
+    return dit
+
+
+def _check_architecture(folder: Path, model: ModelConfig) -> None:
+    named, found = DIT_CONFIGS[model.model], DiT.read_config(folder)
+    for field in fields(DiTConfig):
+        wanted, given = getattr(named, field.name), getattr(found, field.name)
+        if field.name not in FREE_FIELDS and wanted != given:
+            raise UserError(
+                f"{folder}/config.json: {field.name} is {given}, but --model {model.model} has {wanted}: name the"
+                " folder of such a model, or change --model"
+            )
+
+
+def build_vae(model: ModelConfig, dit: DiT, device: torch.device) -> WFVAE:
+    """The VAE, frozen: bf16 with `--mixed_precision bf16` unless `--vae_fp32`. Raises `UserError`."""
+    if model.ae_path is None:
+        raise UserError("--ae_path is missing: name the VAE's folder, or use --preset tiny")
+    dtype = torch.float32 if model.vae_fp32 else _frozen_dtype(model)
+    with naming("--ae_path"):
+        vae = WFVAE.from_pretrained(find_folder(model.ae_path, model.cache_dir), dtype, device)
+    if vae.config.latent_dim != dit.config.in_channels:
+        raise UserError(
+            f"--ae_path {model.ae_path}: latent_dim is {vae.config.latent_dim}, but --model {model.model} takes"
+            f" {dit.config.in_channels} channels: name the VAE that belongs to it"
+        )
+    return vae.requires_grad_(False).eval()
+
+
+def build_text_encoder(model: ModelConfig, dit: DiT, device: torch.device) -> TextEncoder:
+    """The text encoder, frozen, in bf16 with `--mixed_precision bf16`. Raises `UserError`."""
+    name = model.text_encoder_name_1
+    if name is None:
+        raise UserError("--text_encoder_name_1 is missing: name the encoder's folder, or use --preset tiny")
+    dtype = _frozen_dtype(model)
+    with naming("--text_encoder_name_1"):
+        encoder = TextEncoder.from_pretrained(name, dtype, device, model.model_max_length, model.cache_dir)
+    if encoder.width != dit.config.caption_channels:
+        raise UserError(
+            f"--text_encoder_name_1 {name}: its states are {encoder.width} wide, but --model {model.model} takes"
+            f" {dit.config.caption_channels}: name the encoder that belongs to it"
+        )
+    return encoder
+
+
+def _frozen_dtype(model: ModelConfig) -> torch.dtype:
+    return torch.bfloat16 if model.mixed_precision == "bf16" else torch.float32
+
+
+@contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Let a `UserError` from within say which flag brought it about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error

@@ -1,0 +1,230 @@
+"""Training from the command line, with real files: killed and resumed, stopped, refused."""
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from osp_fast.config import Recipe
+from osp_fast.errors import UserError
+from osp_fast.models import dit as dit_module
+from osp_fast.models.dit import DiT
+from osp_fast.models.weights import read_recipe
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "tests" / "training" / "small_run.py"
+SPEC = importlib.util.spec_from_file_location("small_run", SCRIPT)
+small = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(small)
+TIMINGS = ("s_per_step", "data_wait_s", "time")
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory) -> dict[str, Path]:
+    """Data of one picture size and of mixed sizes and lengths, and a text encoder."""
+    root = tmp_path_factory.mktemp("assets")
+    return dict(
+        data=small.write_data(root / "data", images=6, videos=3),
+        text_encoder=small.write_text_encoder(root / "text_encoder"),
+    )
+
+
+@pytest.fixture
+def train(assets, tmp_path, monkeypatch, capfd):
+    """Run a training in this process; keyword arguments change flags. Returns its output folder and what it printed."""
+    from osp_fast.train import main
+
+    monkeypatch.setitem(dit_module.DIT_CONFIGS, "tiny", small.SMALL)
+
+    def run(name: str = "run", **changed: object) -> tuple[Path, str]:
+        main(small.flags(**{**assets, "output": tmp_path / name, **changed}))
+        return tmp_path / name, capfd.readouterr().err
+
+    return run
+
+
+def start(assets: dict[str, Path], output: Path, **changed: object) -> subprocess.Popen:
+    """Start a training in a process of its own."""
+    command = [sys.executable, str(SCRIPT), *small.flags(**assets, output=output, **changed)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))),
+    }
+    # A session of its own, so that its decoder processes can be reached together with it, as by Ctrl-C.
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_steps(process: subprocess.Popen, output: Path, steps: int) -> None:
+    """Wait until a run has logged so many steps."""
+    file = output / "metrics.jsonl"
+    until = time.monotonic() + 60
+    while not file.exists() or file.read_text().count("\n") < steps:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until, "the run makes no progress"
+        time.sleep(0.002)
+
+
+def history(output: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def tensors(checkpoint: Path) -> dict[str, bytes]:
+    """The bytes of every tensor file of a checkpoint."""
+    return {str(file.relative_to(checkpoint)): file.read_bytes() for file in checkpoint.rglob("*.safetensors")}
+
+
+def test_killed_and_resumed_is_bit_for_bit_a_run_never_killed(assets, tmp_path):
+    settings = dict(max_train_steps=40, checkpointing_steps=6, checkpoints_total_limit=2, lr_scheduler="cosine")
+    whole = start(assets, tmp_path / "whole", **settings)
+    assert whole.wait() == 0, whole.stderr.read()
+    moments = sorted(random.sample(range(2, 39), 2))
+    for moment in moments:
+        killed = start(assets, tmp_path / "killed", resume_from_checkpoint="latest", **settings)
+        wait_for_steps(killed, tmp_path / "killed", moment)
+        time.sleep(random.uniform(0, 0.1))
+        killed.kill()  # only the parent: its decoder processes must notice by themselves
+        killed.wait()
+    resumed = start(assets, tmp_path / "killed", resume_from_checkpoint="latest", **settings)
+    assert resumed.wait() == 0, resumed.stderr.read()
+    assert history(tmp_path / "killed") == history(tmp_path / "whole"), f"killed after steps {moments}"
+    assert [line["step"] for line in history(tmp_path / "whole")] == list(range(1, 41))
+    expected = tensors(tmp_path / "whole" / "checkpoint-40")
+    assert tensors(tmp_path / "killed" / "checkpoint-40") == expected and len(expected) == 3
+    names = sorted(path.name for path in (tmp_path / "killed").iterdir() if path.is_dir())
+    assert names == ["checkpoint-36", "checkpoint-40"]
+
+
+@pytest.mark.parametrize(
+    "number, send, code", [(signal.SIGTERM, os.kill, 143), (signal.SIGINT, os.killpg, 130)], ids=["kill", "Ctrl-C"]
+)
+def test_a_signal_saves_and_stops(assets, tmp_path, number, send, code):
+    run = start(assets, tmp_path / "run", max_train_steps=100000)
+    wait_for_steps(run, tmp_path / "run", 2)
+    send(run.pid, number)
+    assert run.wait(timeout=30) == code
+    printed = run.stderr.read()
+    last = history(tmp_path / "run")[-1]["step"]
+    assert f"{number.name}: stopped after step {last}" in printed and "Traceback" not in printed
+    assert (tmp_path / "run" / f"checkpoint-{last}" / "trainer_state.json").is_file()
+
+
+def test_what_a_run_leaves_and_says(train):
+    output, printed = train(rescale_betas_zero_snr=True, report_to="tensorboard")
+    checkpoint = output / "checkpoint-4"
+    recipe = Recipe("v_prediction", True, False, 24.0, 9, "256 <= area <= 1536", 16)
+    assert read_recipe(checkpoint / "model") == read_recipe(checkpoint / "model_ema") == recipe
+    assert json.loads((output / "config.json").read_text())["optimizer"]["learning_rate"] == 0.01
+    assert "learning_rate=0.01" in printed and "clips: 9\ndropped: none\nbuckets" in printed
+    assert f"python -m osp_fast.sample --model_path {checkpoint / 'model_ema'}" in printed
+    assert "--text_prompt 'a red square'" in printed
+    assert len(history(output)) == 4 and list((output / "logs").glob("events*"))
+    assert all(torch.isfinite(tensor).all() for tensor in DiT.from_pretrained(checkpoint / "model").parameters())
+
+
+def test_accumulation_is_a_larger_batch(train):
+    together, _ = train("together", train_batch_size=2, gradient_accumulation_steps=1)
+    apart, _ = train("apart", train_batch_size=1, gradient_accumulation_steps=2)
+    losses = [[line["loss"] for line in history(output)] for output in (together, apart)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_mixed_sizes_and_lengths_in_one_batch(train):
+    output, _ = train(group_data=False, train_batch_size=9, max_train_steps=2)
+    assert [line["samples_seen"] for line in history(output)] == [9, 18]
+
+
+def test_starting_anew_or_from_the_wrong_place_is_refused(train):
+    train()
+    with pytest.raises(UserError, match=r"already holds checkpoint-4.*--resume_from_checkpoint latest"):
+        train()
+    with pytest.raises(UserError, match="checkpoint-9 does not exist"):
+        train(resume_from_checkpoint="checkpoint-9")
+    with pytest.raises(UserError, match="--prediction_type v_prediction, not epsilon"):
+        train(resume_from_checkpoint="latest", prediction_type="epsilon")
+    with pytest.raises(UserError, match="--seed 42, not 7"):
+        train(resume_from_checkpoint="latest", seed=7)
+    _, printed = train(resume_from_checkpoint="latest")
+    assert "already at step 4 of 4" in printed
+
+
+def test_a_changed_annotation_is_noticed(train, assets, tmp_path):
+    train()
+    entries = json.loads((assets["data"].parent / "clips.json").read_text())
+    (tmp_path / "fewer.json").write_text(json.dumps(entries[1:]))
+    (tmp_path / "fewer.txt").write_text(f"{assets['data'].parent},{tmp_path / 'fewer.json'}\n")
+    with pytest.raises(UserError, match="--data selects other clips"):
+        train(resume_from_checkpoint="latest", data=tmp_path / "fewer.txt")
+
+
+def test_resuming_overrides_pretrained_and_tells_what_changed(train):
+    first, _ = train("first")
+    _, printed = train("second", resume_from_checkpoint="latest", pretrained=first / "checkpoint-4" / "model")
+    assert "no checkpoint in" in printed and "is not used" not in printed
+    changed = dict(max_train_steps=6, learning_rate=0.005, pretrained=first / "checkpoint-4" / "model")
+    output, printed = train("first", resume_from_checkpoint="latest", **changed)
+    assert "is not used: --resume_from_checkpoint overrides it" in printed
+    assert "--learning_rate is 0.005" in printed and "was trained with 0.01" in printed
+    assert [line["lr"] for line in history(output)] == [0.01] * 4 + [0.005] * 2
+
+
+def test_pretrained_gives_the_weights_strictly(train, tmp_path):
+    first, _ = train("first")
+    folder = first / "checkpoint-4" / "model"
+    # At a learning rate this small the weights stay as they are.
+    second, _ = train("second", pretrained=folder, learning_rate=1e-30, max_train_steps=1)
+    assert tensors(second / "checkpoint-1")["model/" + WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    fresh, _ = train("fresh", learning_rate=1e-30, max_train_steps=1)
+    assert tensors(fresh / "checkpoint-1")["model/" + WEIGHTS] != (folder / WEIGHTS).read_bytes()
+    with pytest.raises(UserError, match="num_layers is 4, but --model OpenSoraT2V_v1_3-2B/122 has 32"):
+        train("third", pretrained=folder, model="OpenSoraT2V_v1_3-2B/122")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
+    with pytest.raises(UserError, match="num_layers is 3, but --model tiny has 4"):
+        train("fourth", pretrained=folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config.json is missing"):
+        train("fifth", pretrained=folder)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def test_a_fresh_model_depends_on_the_seed_alone(train):
+    runs = [
+        train(name, seed=seed, learning_rate=1e-30, max_train_steps=1)[0]
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    a, b, c = (tensors(run / "checkpoint-1")["model/" + WEIGHTS] for run in runs)
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (dict(ae_path="/nowhere"), "--ae_path.*/nowhere"),
+        (dict(text_encoder_name_1="/nowhere"), "--text_encoder_name_1.*/nowhere"),
+        (dict(ae_path=None), "--ae_path is missing"),
+        (dict(sp_size=2), "--sp_size 2"),
+        (dict(device="gpu"), "--device"),
+        (dict(use_8bit_adam=True), "--use_8bit_adam"),
+    ],
+)
+def test_bad_settings_end_in_one_sentence(train, changed, words):
+    with pytest.raises(UserError, match=words):
+        train(**changed)
+
+
+def test_several_processes_are_refused(train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE=2"):
+        train()

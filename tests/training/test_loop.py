@@ -1,0 +1,210 @@
+"""The loop: resuming is exact, bad gradients are skipped, signals stop it at a step, the end is always saved."""
+
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from osp_fast.config import TrainConfig, as_dict
+from osp_fast.errors import UserError
+from osp_fast.models.dit import DiT
+from osp_fast.training.build import load_trainable
+from osp_fast.training.guards import MAX_SKIPPED_IN_A_ROW, StopSignals
+from osp_fast.training.loop import Trainer, prepare_output
+from osp_fast.training.metrics import MetricsLog
+from osp_fast.training.optimizer import state_tensors
+from osp_fast.training.progress import Progress
+from osp_fast.training.state import TrainerState, read_state
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    config = TrainConfig()
+    config.run.output_dir = str(tmp_path / "run")
+    config.run.report_to = "none"
+    config.run.use_ema, config.run.ema_decay = True, 0.9
+    config.run.checkpointing_steps = 4
+    config.optimizer.learning_rate, config.optimizer.lr_scheduler = 0.01, "cosine"
+    config.optimizer.lr_warmup_steps = 2
+    config.optimizer.train_batch_size = 2
+    return config
+
+
+@pytest.fixture
+def train(make_loss, make_batches):
+    """Train up to a step, from a checkpoint if one is given. Returns the trainer and what was printed."""
+
+    def run(config: TrainConfig, until: int, checkpoint: Path | None = None, batches=None, total: int = 8):
+        Path(config.run.output_dir).mkdir(exist_ok=True)
+        if checkpoint is None:
+            state = TrainerState(0, 0, 0, 0, 0, 0, 0, "clips", as_dict(config), {}, {})
+            loss = make_loss(config)
+        else:
+            state = read_state(checkpoint / "trainer_state.json")
+            loss = make_loss(config, dit=load_trainable(checkpoint / "model"))
+        trainer = Trainer(config, loss, state, checkpoint, total)
+        batches = batches or make_batches(3, state.epoch, state.batch)
+        stream = io.StringIO()
+        metrics = MetricsLog(config.run, state.step)
+        with StopSignals() as stop:
+            trainer.run(stop_after(batches, until - state.step, stop), metrics, Progress(0, total, stream), stop)
+        metrics.close()
+        return trainer, stream.getvalue()
+
+    return run
+
+
+def stop_after(batches, steps: int, stop: StopSignals):
+    """Batches, with a SIGTERM to this process during the last of them."""
+    for number, batch in enumerate(batches, 1):
+        if number == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+
+
+def history(config: TrainConfig) -> list[dict]:
+    lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
+    timings = ("s_per_step", "data_wait_s", "time")
+    return [{key: value for key, value in json.loads(line).items() if key not in timings} for line in lines]
+
+
+def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {
+        **{f"weight {name}": tensor for name, tensor in trainer.dit.state_dict().items()},
+        **{f"average {name}": tensor for name, tensor in trainer.ema.named_average().items()},
+        **{f"optimizer {name}": tensor for name, tensor in state_tensors(trainer.optimizer, trainer.dit).items()},
+    }
+
+
+def checkpoints(config: TrainConfig) -> list[str]:
+    return sorted(path.name for path in Path(config.run.output_dir).glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("stopped_at", [4, 5])
+def test_a_resumed_run_is_the_run_that_never_stopped(config, train, stopped_at):
+    whole, _ = train(config, 8)
+    other = copy.deepcopy(config)
+    other.run.output_dir += "-resumed"
+    train(other, stopped_at)
+    assert checkpoints(other)[-1] == f"checkpoint-{stopped_at}"
+    resumed, _ = train(other, 8, Path(other.run.output_dir) / f"checkpoint-{stopped_at}")
+    assert history(other) == history(config) and len(history(config)) == 8
+    expected = everything(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in everything(resumed).items())
+    assert replace(resumed.state, config={}) == replace(whole.state, config={})
+
+
+def test_the_run_learns_and_counts(config, train, make_batches, make_loss):
+    config.run.log_interval, config.run.checkpointing_steps = 5, 1000
+    config.optimizer.lr_scheduler = "constant"
+    one = next(make_batches(3))
+    trainer, printed = train(config, 60, total=60, batches=itertools.cycle([one]))
+    lines = history(config)
+    assert [line["step"] for line in lines] == list(range(5, 61, 5))
+    assert [line["samples_seen"] for line in lines] == list(range(15, 181, 15)) and lines[-1]["lr"] == 0.01
+    # The same draws for the untrained and the trained model, or chance would decide.
+    with torch.no_grad():
+        before, after = (
+            torch.stack([loss(one.clips, step) for step in range(20)]).mean()
+            for loss in (make_loss(config), trainer.clip_loss)
+        )
+    assert after < 0.8 * before
+    assert "step 60/60" in printed
+    # Saved at the end although no interval ended there.
+    assert checkpoints(config) == ["checkpoint-60"]
+
+
+def test_the_place_in_the_data_moves_on(config, train):
+    trainer, _ = train(config, 5)
+    assert (trainer.state.epoch, trainer.state.batch) == (1, 2)
+    trainer, _ = train(copy.deepcopy(config), 6, Path(config.run.output_dir) / "checkpoint-5")
+    assert (trainer.state.epoch, trainer.state.batch) == (2, 0)
+
+
+def poisoned(batches, trouble: range):
+    """Batches, with a NaN in the loss of one clip of those that are in `trouble` (counted from 0)."""
+    for number, batch in enumerate(batches):
+        if number in trouble:
+            batch.clips[1].caption = "poison"
+        yield batch
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Captions "poison" give a loss that is not a number."""
+    from osp_fast.training.step import ClipLoss
+
+    honest = ClipLoss.__call__
+
+    def call(self, clips, step):
+        bad = torch.tensor([float("nan") if clip.caption == "poison" else 1.0 for clip in clips])
+        return honest(self, clips, step) * bad
+
+    monkeypatch.setattr(ClipLoss, "__call__", call)
+
+
+def test_a_bad_gradient_is_skipped_and_told(config, train, make_batches, poison):
+    config.run.checkpointing_steps = 1
+    trainer, printed = train(config, 3, batches=poisoned(make_batches(3), range(1, 2)))
+    lines = history(config)
+    assert [line["skipped"] for line in lines] == [0, 1, 1]
+    assert "step 2: the gradient is not finite, no update was made (clips: 0-1-1)" in printed
+    assert lines[1]["loss"] is None and lines[1]["grad_norm"] is None and math.isfinite(lines[2]["loss"])
+    folder = Path(config.run.output_dir)
+    before, after = (DiT.from_pretrained(folder / f"checkpoint-{step}" / "model").state_dict() for step in (1, 2))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(tensor.isfinite().all() for tensor in everything(trainer).values())
+    assert trainer.ema.updates == 2
+
+
+def test_only_bad_gradients_end_the_run(config, train, make_batches, poison):
+    with pytest.raises(UserError, match=f"not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row"):
+        train(config, 50, batches=poisoned(make_batches(3), range(2, 50)), total=50)
+    assert len(history(config)) == 2 + MAX_SKIPPED_IN_A_ROW - 1
+
+
+def test_an_average_that_is_gone_is_missed_and_a_new_one_starts_from_the_weights(config, train):
+    train(config, 4)
+    checkpoint = Path(config.run.output_dir) / "checkpoint-4"
+    shutil.rmtree(checkpoint / "model_ema")
+    with pytest.raises(UserError, match=r"model_ema/config.json is missing"):
+        train(copy.deepcopy(config), 5, checkpoint)
+    config.run.use_ema = False
+    train(config, 6, checkpoint)
+    config.run.use_ema = True
+    trainer, _ = train(config, 7, Path(config.run.output_dir) / "checkpoint-6")
+    average = trainer.ema.named_average()
+    assert all(torch.equal(parameter, average[name]) for name, parameter in trainer.dit.named_parameters())
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(config, train):
+    train(config, 5)
+    output = Path(config.run.output_dir)
+    with pytest.raises(UserError, match=r"already holds checkpoint-5.*--resume_from_checkpoint latest"):
+        prepare_output(config, print)
+    config.run.resume_from_checkpoint = "latest"
+    assert prepare_output(config, print) == output / "checkpoint-5"
+    config.run.resume_from_checkpoint = "checkpoint-5"
+    assert prepare_output(config, print) == output / "checkpoint-5"
+    config.run.resume_from_checkpoint = "checkpoint-4"
+    with pytest.raises(UserError, match=r"already holds checkpoint-5, which a run from .*checkpoint-4 would mix with"):
+        prepare_output(config, print)
+    config.run.resume_from_checkpoint = str(output / "checkpoint-4")
+    config.run.output_dir += "-elsewhere"
+    assert prepare_output(config, print) == output / "checkpoint-4"
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(config, tmp_path):
+    (tmp_path / "file").touch()
+    config.run.output_dir = str(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"--output_dir .*file/run cannot be used"):
+        prepare_output(config, print)
