@@ -143,6 +143,24 @@ def test_mixed_sizes_and_lengths_in_one_batch(train):
     assert [line["samples_seen"] for line in history(output)] == [9, 18]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(mixed_precision="bf16", gradient_checkpointing=True, enable_tiling=True, use_ema=False),
+        dict(mixed_precision="bf16", vae_fp32=True, snr_gamma=5.0, noise_offset=0.1, offload_ema=True, allow_tf32=True),
+        dict(prediction_type=None, rf_scheduler=True, num_train_epochs=2, max_train_steps=None, train_batch_size=5),
+    ],
+    ids=["bf16", "vae_fp32", "flow"],
+)
+def test_options_train(train, options):
+    output, _ = train(**options)
+    lines = history(output)
+    # Four buckets, none of them with more than five clips: four steps are an epoch of the last run.
+    assert len(lines) == (8 if "num_train_epochs" in options else 4)
+    assert all(line["loss"] > 0 and line["skipped"] == 0 for line in lines)
+    assert (output / f"checkpoint-{len(lines)}" / "model_ema").is_dir() == options.get("use_ema", True)
+
+
 def test_starting_anew_or_from_the_wrong_place_is_refused(train):
     train()
     with pytest.raises(UserError, match=r"already holds checkpoint-4.*--resume_from_checkpoint latest"):

@@ -103,7 +103,7 @@ def save_checkpoint(
         write_tensors(writing / OPTIMIZER_FILE, state_tensors(optimizer, dit))
         write_state(writing / STATE_FILE, state)
         _sync_tree(writing)
-        _remove(final)  # only an incomplete folder can have this name: see Trainer's refusal of later checkpoints
+        _remove(final)  # only an incomplete folder can have this name: `prepare_output` refuses later checkpoints
         writing.rename(final)
         sync(output_dir)
     except (OSError, SafetensorError) as error:
