@@ -7,9 +7,9 @@ is trained on the captions: it tells words apart, which is all that the small tr
 """
 
 import argparse
-import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from osp_fast.assets.codec import wavelet_codec
 from osp_fast.assets.shapes import generate_shapes
 from osp_fast.config import TINY_FOLDER
-from osp_fast.data.aesthetic import aesthetic_sentences
+from osp_fast.data.annotations import Entry, read_entries
 from osp_fast.data.decode import read_video
 from osp_fast.errors import run_entry_point
 from osp_fast.models.dit import DIT_CONFIGS
@@ -34,34 +34,34 @@ SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 def ensure_tiny(folder: str | Path = TINY_FOLDER) -> None:
     """Make what is missing of data/, vae/ and text_encoder/ in folder. A part is complete or absent."""
     folder = Path(folder)
-    _complete_or_absent(folder / "data", generate_shapes)
-    _complete_or_absent(folder / "vae", lambda out: wavelet_codec(_videos(folder / "data")).save_pretrained(out))
-    _complete_or_absent(folder / "text_encoder", lambda out: save_text_encoder(out, _captions(folder / "data")))
+    data = folder / "data"
+    generate_shapes(data)
+    _complete_or_absent(folder / "vae", lambda out: wavelet_codec(_videos(data)).save_pretrained(out))
+    _complete_or_absent(folder / "text_encoder", lambda out: save_text_encoder(out, _captions(data)))
 
 
 def _complete_or_absent(target: Path, make: Callable[[Path], None]) -> None:
     if target.exists():
         return
-    print(f"making {target} ...", flush=True)
+    print(f"making {target}", file=sys.stderr, flush=True)
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
     make(unfinished)
     os.rename(unfinished, target)
 
 
-def _annotations(data: Path) -> list[dict]:
-    return json.loads((data / "videos.json").read_text())
+def _entries(data: Path) -> list[Entry]:
+    return [entry for entry in read_entries(str(data / "data.txt")) if isinstance(entry, Entry)]
 
 
 def _captions(data: Path) -> list[str]:
-    return [caption for entry in _annotations(data) for caption in entry["cap"]]
+    return [caption for entry in _entries(data) for caption in entry.captions]
 
 
 def _videos(data: Path) -> Iterable[Tensor]:
-    """The first clips as (3, T, H, W) in [-1, 1]."""
-    for entry in _annotations(data)[:CODEC_CLIPS]:
-        frames = torch.from_numpy(read_video(data / entry["path"])[:CODEC_FRAMES])
+    """Some clips as (3, T, H, W) in [-1, 1]."""
+    for entry in [entry for entry in _entries(data) if not entry.is_image][:CODEC_CLIPS]:
+        frames = torch.from_numpy(read_video(entry.file)[:CODEC_FRAMES])
         yield frames.permute(3, 0, 1, 2) / 127.5 - 1
 
 
@@ -80,7 +80,7 @@ def save_text_encoder(folder: Path, captions: list[str]) -> None:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*captions, *aesthetic_sentences()], trainer)
+    tokenizer.train_from_iterator(captions, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", SPECIAL_TOKENS.index("</s>"))]
     )

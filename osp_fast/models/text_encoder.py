@@ -53,13 +53,17 @@ class TextEncoder(nn.Module):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)}): copy its files") from None
+            raise UserError(
+                f"{folder}: the tokenizer cannot be loaded ({_first_line(error)}): copy its files"
+            ) from None
         try:
             encoder, info = encoder_class.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, output_loading_info=True
             )
         except Exception as error:  # the loader's errors have no common base; each means a broken or missing file
-            raise UserError(f"{folder}: the weights cannot be loaded ({_first_line(error)}): copy them again") from error
+            raise UserError(
+                f"{folder}: the weights cannot be loaded ({_first_line(error)}): copy them again"
+            ) from error
         # The encoder's embedding may stand in the file under the name that it shares with the decoder's.
         missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})
         if missing or info["mismatched_keys"]:

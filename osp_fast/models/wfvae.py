@@ -100,7 +100,9 @@ class WFVAE(PretrainedModel):
         """video (B, 3, 4m+1, H, W) in [-1, 1] -> posterior of raw latents. Raises ValueError on other sizes."""
         frames, height, width = video.shape[2:]
         if (frames - 1) % TIME_STRIDE or height % SPACE_STRIDE or width % SPACE_STRIDE:
-            raise ValueError(f"a video of (T, H, W) = {(frames, height, width)}: T must be 4n+1, H and W multiples of 8")
+            raise ValueError(
+                f"a video of (T, H, W) = {(frames, height, width)}: T must be 4n+1, H and W multiples of 8"
+            )
         step = _chunk_frames(tiles, frames) * TIME_STRIDE
         starts = [0, *range(step - TIME_STRIDE + 1, frames, step), frames]
         state = ChunkState() if len(starts) > 2 else None
