@@ -1,9 +1,10 @@
 """Frames by presentation number, exactly: the one place that reads pixels from videos and images.
 
 A frame's number is its place, from 0, in the order in which a player shows the file: B-frames are counted where they
-are shown, frames that an edit list cuts away are not counted, and the frame rate may vary. The packets in front of the
-needed frames are read but not decoded (their timestamps give the numbers); decoding starts at the keyframe at or before
-the first needed frame and ends with the last needed packet, while other threads convert the decoded frames to RGB.
+are shown, frames that an edit list cuts away are not counted, and the frame rate may vary. Packets are read from a
+little in front of the needed frames on, and their timestamps give the numbers (`packet_scan.py`); decoding starts at
+the keyframe at or before the first needed frame and ends with the last needed packet, while other threads convert the
+decoded frames to RGB (`rgb.py`).
 
 Runs in a child process (`decode_server.py`), so it imports neither torch nor anything that does.
 """
@@ -11,6 +12,7 @@ Runs in a child process (`decode_server.py`), so it imports neither torch nor an
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +98,9 @@ def _decode_video(request: ClipRequest, out: np.ndarray) -> None:
     import av
 
     for from_start in (False, True):
-        with _open(request.file, request.threads) as container:
+        with _open(request.file, request.threads) as (container, stream):
             try:
-                missing = _decode_stream(container, request, out, from_start)
+                missing = _decode_stream(container, stream, request, out, from_start)
             except (av.error.FFmpegError, ValueError) as error:
                 raise DecodeError(f"cannot be decoded: {error}", whole_file=False) from None
         if missing is None:
@@ -106,9 +108,8 @@ def _decode_video(request: ClipRequest, out: np.ndarray) -> None:
     raise DecodeError(f"frame {missing} cannot be decoded", whole_file=False)
 
 
-def _decode_stream(container: Any, request: ClipRequest, out: np.ndarray, from_start: bool) -> int | None:
+def _decode_stream(container: Any, stream: Any, request: ClipRequest, out: np.ndarray, from_start: bool) -> int | None:
     """Decode the frames into `out`; the number of the first that the decoder does not deliver, or None."""
-    stream = container.streams.video[0]
     scan = PacketScan(container, stream, request.indices[0], request.indices[-1], from_start)
     if scan.numbered:
         _check_count(scan, request)
@@ -118,16 +119,18 @@ def _decode_stream(container: Any, request: ClipRequest, out: np.ndarray, from_s
         if packets and not from_start:
             frames = _behind_intra(frames, packets[0].pts)
         return _write_frames(((frame.pts, frame) for frame in frames), timestamps, request, out)
-    with _open(
-        request.file, request.threads
-    ) as counted:  # without usable timestamps: count the frames that the decoder delivers
-        stream = counted.streams.video[0]
-        frames = _decode_packets(stream, counted.demux(stream))
-        return _write_frames(enumerate(frames), list(request.indices), request, out)
+    # Without usable timestamps, count the frames that the decoder delivers.
+    with _open(request.file, request.threads) as (container, stream):
+        frames = _decode_packets(stream, container.demux(stream))
+        missing = _write_frames(enumerate(frames), list(request.indices), request, out)
+    if missing is not None:
+        raise DecodeError(f"has no frame {missing}, but the annotation says {request.num_frames} frames")
+    return None
 
 
-def _open(file: str, threads: int) -> Any:
-    """The file's av container, its first video stream set up for decoding."""
+@contextmanager
+def _open(file: str, threads: int) -> Iterator[tuple[Any, Any]]:
+    """The file's av container and its main video stream (a cover picture is none), set up for decoding."""
     import av
 
     try:
@@ -136,17 +139,17 @@ def _open(file: str, threads: int) -> Any:
         raise DecodeError(_why_invalid(file)) from None
     except (av.error.FFmpegError, ValueError) as error:
         raise DecodeError(f"cannot be opened: {error}") from None
-    if not container.streams.video:
-        container.close()
-        raise DecodeError("no video stream")
-    context = container.streams.video[0].codec_context
-    if context is None:
-        container.close()
-        raise DecodeError("no decoder for its video codec")
-    context.thread_type = "AUTO"
-    context.thread_count = threads
-    context.options = {"max_pixels": str(PIXEL_LIMIT)}
-    return container
+    with container:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise DecodeError("no video stream")
+        context = stream.codec_context
+        if context is None:
+            raise DecodeError("no decoder for its video codec")
+        context.thread_type = "AUTO"
+        context.thread_count = threads
+        context.options = {"max_pixels": str(PIXEL_LIMIT)}
+        yield container, stream
 
 
 def _why_invalid(file: str) -> str:
@@ -235,8 +238,7 @@ def read_video(file: str | Path) -> np.ndarray:
 
     try:
         _check_file(str(file))
-        with _open(str(file), threads=0) as container:
-            stream = container.streams.video[0]
+        with _open(str(file), threads=0) as (container, stream):
             frames = list(_decode_packets(stream, container.demux(stream)))
         if not frames:
             raise DecodeError("no frame can be decoded")

@@ -14,8 +14,8 @@ class PacketScan:
 
     `numbered` is False where timestamps are absent or equal, so that frames must be counted by decoding. `total` is the
     number of packets up to here, `shown_total` the number of those that a player shows (the others are cut away by an
-    edit list), `complete` tells that the end was reached. `index` holds the container's
-    index entries and `stored` the number of frames by its header, where these can be trusted.
+    edit list), `complete` tells that the end was reached. `index` holds the container's index entries and `stored` the
+    number of frames by its header, where these can be trusted.
     """
 
     def __init__(self, container: Any, stream: Any, first: int, last: int, from_start: bool) -> None:
@@ -28,6 +28,7 @@ class PacketScan:
         self._first, self._last, self._from_start = first, last, from_start
         self._shown: list[int] = []  # timestamps, of the packets from the start of reading on
         self._shown_before = 0  # frames shown in front of these
+        self._shown_behind = 0  # and behind these
         self._keyframes: list[tuple[int, int]] = []  # (timestamp, place in the file), of the kept packets
         self._places: dict[int, int] = {}  # timestamp -> place in the file, of the kept packets
         self._kept: list[Any] = []
@@ -45,16 +46,19 @@ class PacketScan:
 
     @property
     def shown_total(self) -> int:
-        return self._shown_before + len(self._shown)
+        return self._shown_before + len(self._shown) + self._shown_behind
 
     def read_to_end(self) -> None:
         """Count the rest of the packets."""
         for packet in self._packets:
-            if not self._add(packet):
+            if _ends(packet):
+                self.complete = True
                 break
+            self.total += 1
+            self._shown_behind += not packet.is_discard
 
     def timestamps(self, indices: tuple[int, ...]) -> list[int]:
-        """Timestamps of the frames with the given numbers, each first <= number < shown_total."""
+        """Timestamps of the frames with the given numbers, from `first` to `last`."""
         ordered = sorted(self._shown)
         return [ordered[index - self._shown_before] for index in indices]
 
@@ -104,7 +108,7 @@ class PacketScan:
 
     def _add(self, packet: Any) -> bool:
         """Note one packet; False at the end of the stream or where the timestamps turn out to be useless."""
-        if packet.dts is None and packet.size == 0:  # PyAV's mark for the end
+        if _ends(packet):
             self.complete = True
             self.numbered = self.numbered and len(set(self._shown)) == len(self._shown)
             return False
@@ -135,3 +139,8 @@ class PacketScan:
             return False
         self.numbered = len(set(ordered)) == len(ordered)
         return True
+
+
+def _ends(packet: Any) -> bool:
+    """Whether this is PyAV's mark for the end of a stream."""
+    return packet.dts is None and packet.size == 0

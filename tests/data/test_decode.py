@@ -198,6 +198,22 @@ def test_damage_inside_a_file_hits_only_its_frames(tmp_path):
     assert not error.value.whole_file
 
 
+def test_a_cover_picture_is_not_the_video(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", 12)
+    with av.open(str(clip)) as reader, av.open(str(tmp_path / "cover.mp4"), "w") as writer:
+        cover = writer.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        copy = writer.add_stream_from_template(reader.streams.video[0])
+        for packet in cover.encode(av.VideoFrame.from_ndarray(picture(0, 32, 32))) + cover.encode(None):
+            writer.mux(packet)
+        for packet in reader.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = copy
+                writer.mux(packet)
+    np.testing.assert_array_equal(ask(tmp_path / "cover.mp4", range(3, 9), num_frames=12), shown_frames(clip)[3:9])
+
+
 def save(image: Image.Image, path: Path, **options) -> Path:
     image.save(path, **options)
     return path
@@ -235,7 +251,7 @@ def test_exif_orientation(tmp_path):
     assert (shown == np.rot90(rgb, -1)).all()
 
 
-def test_broken_images(tmp_path):
+def test_broken_images(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     file = save(Image.fromarray(noise), tmp_path / "a.png")
     with pytest.raises(DecodeError, match="decoded size 64x48 differs from annotated 64x50"):
@@ -249,6 +265,7 @@ def test_broken_images(tmp_path):
     bomb = save(Image.new("1", (20000, 10000)), tmp_path / "bomb.png")
     with pytest.raises(DecodeError, match="pixels"):
         ask(bomb, [0], height=10000, width=20000, is_image=True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # Pillow's own limit is lower
     huge = save(Image.new("1", (15000, 10000)), tmp_path / "huge.png")
     with pytest.raises(DecodeError, match="is more than 134217728 pixels"):
         ask(huge, [0], height=10000, width=15000, is_image=True)
