@@ -1,10 +1,11 @@
-"""The device and type that a run uses."""
+"""Where a run computes: its device, its kernels, its processes."""
 
 import os
 
 import torch
 
 from osp_fast.errors import UserError
+from osp_fast.kernels.launch import selected_path
 
 
 def resolve_device(name: str) -> torch.device:
@@ -20,6 +21,14 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
     return device
+
+
+def kernel_path() -> str:
+    """Which implementation of the kernels this process runs. Raises `UserError` if `OSP_FAST_KERNELS` cannot be met."""
+    try:
+        return selected_path()
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def check_single_process(program: str) -> None:

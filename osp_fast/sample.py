@@ -19,7 +19,7 @@ from osp_fast.cli import parse_sample
 from osp_fast.config import SAMPLE_PRESETS, SampleConfig, as_dict
 from osp_fast.data.captions import clean_caption
 from osp_fast.data.write import image_grid, video_grid, write_image, write_video
-from osp_fast.device import check_single_process, resolve_device
+from osp_fast.device import check_single_process, kernel_path, resolve_device
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.models.text_encoder import find_folder
 from osp_fast.models.weights import read_recipe, write_json
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ae_path": str(vae_folder),
         "text_encoder_name_1": str(text_encoder_folder),
         "device": str(device),
+        "kernels": kernel_path(),
         "dtype": str(dtype).removeprefix("torch."),
     }
     say("sampling with\n" + "\n".join(f"  {name}: {value}" for name, value in settings.items()))

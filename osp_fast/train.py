@@ -17,7 +17,7 @@ from osp_fast.config import TINY_FOLDER, TrainConfig, as_dict
 from osp_fast.data.buckets import Plan, load_plan
 from osp_fast.data.dataset import ClipLoader
 from osp_fast.data.rejects import RejectLog
-from osp_fast.device import resolve_device
+from osp_fast.device import kernel_path, resolve_device
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.training.build import build_dit, build_text_encoder, build_vae, set_precision
 from osp_fast.training.guards import StopSignals, refuse_parallel_runs
@@ -47,6 +47,7 @@ def train(config: TrainConfig) -> int:
     """
     run = config.run
     output_dir = Path(run.output_dir)
+    kernels = kernel_path()
     checkpoint = prepare_output(config, say)
     for group, values in as_dict(config).items():
         say(f"{group}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
@@ -64,7 +65,8 @@ def train(config: TrainConfig) -> int:
     dit = build_dit(config, checkpoint, device)
     vae = build_vae(config.model, dit, device)
     text_encoder = build_text_encoder(config.model, dit, device)
-    say(f"{sum(p.numel() for p in dit.parameters()) / 1e6:.1f} M parameters on {device}, {total_steps} steps")
+    size = sum(parameter.numel() for parameter in dit.parameters()) / 1e6
+    say(f"{size:.1f} M parameters on {device}, {kernels} kernels, {total_steps} steps")
     trainer = Trainer(config, ClipLoss(dit, vae, text_encoder, config, device), state, checkpoint, total_steps)
     loader = ClipLoader(
         plan,

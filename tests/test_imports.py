@@ -14,7 +14,7 @@ ALLOWED = {
     "config": set(),
     "checks": LEAVES,
     "cli": LEAVES | {"checks"},
-    "device": LEAVES,
+    "device": LEAVES | {"kernels"},
     "models": LEAVES | {"kernels"},
     "data": LEAVES,
     "diffusion": LEAVES,

@@ -28,6 +28,7 @@ from osp_fast.seeding import stable_seed
 VOCABULARY = 512
 CODEC_CLIPS = 64
 CODEC_FRAMES = 17
+WORD_SHARE = 0.1  # small: a state is mostly its own word's, with a tenth of its neighbours' mixed in
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 
@@ -90,7 +91,14 @@ def save_text_encoder(folder: Path, captions: list[str]) -> None:
     wrapped.save_pretrained(folder)
     width = DIT_CONFIGS["tiny"].caption_channels
     config = T5Config(
-        vocab_size=VOCABULARY, d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4, dropout_rate=0.0
+        vocab_size=VOCABULARY,
+        d_model=width,
+        d_kv=16,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        initializer_factor=WORD_SHARE,
     )
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global state
         torch.manual_seed(stable_seed("tiny text encoder"))

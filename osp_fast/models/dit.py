@@ -7,7 +7,7 @@ Parameters of one product are fused (q, k, v; k, v of the text); checkpoints kee
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +149,7 @@ class DiT(PretrainedModel):
 
     class_name = "OpenSoraT2V_v1_3"
     config_class = DiTConfig
-    fixed_config = dict(
+    fixed_config: ClassVar = dict(
         activation_fn="gelu-approximate",
         attention_bias=True,
         double_self_attention=False,

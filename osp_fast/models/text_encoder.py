@@ -1,6 +1,8 @@
 """mT5 and T5 encoders from a local transformers folder."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +59,10 @@ class TextEncoder(nn.Module):
                 f"{folder}: the tokenizer cannot be loaded ({_first_line(error)}): copy its files"
             ) from None
         try:
-            encoder, info = encoder_class.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True
-            )
+            with _without_progress_bars():
+                encoder, info = encoder_class.from_pretrained(
+                    folder, dtype=dtype, local_files_only=True, output_loading_info=True
+                )
         except Exception as error:  # the loader's errors have no common base; each means a broken or missing file
             raise UserError(
                 f"{folder}: the weights cannot be loaded ({_first_line(error)}): copy them again"
@@ -109,6 +112,20 @@ def _model_type(folder: Path) -> str:
     if model_type not in ENCODER_CLASSES:
         raise UserError(f"{path}: model_type {model_type!r} is not a T5 or mT5 encoder")
     return model_type
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing its own bars into the log."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

@@ -147,7 +147,7 @@ def read_tensors(folder: Path, dtype: torch.dtype, device: torch.device | str) -
             raise UserError(f"{file} is missing: copy the weights there, or name another model folder")
         try:
             with safe_open(file, framework="pt", device=str(device)) as opened:
-                for name in opened.keys():
+                for name in opened.keys():  # noqa: SIM118 - the handle is no dict
                     tensor = opened.get_tensor(name)
                     tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         except (SafetensorError, OSError) as error:

@@ -6,16 +6,18 @@ Source: "WF-VAE" (Li et al., 2024). Networks are in `wfvae_encoder.py` and `wfva
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from osp_fast.errors import UserError
 from osp_fast.kernels.haar import COEFFICIENT_2D, COEFFICIENT_3D
+from osp_fast.models.weights import PretrainedModel
 from osp_fast.models.wfvae_decoder import Decoder
 from osp_fast.models.wfvae_encoder import Encoder
 from osp_fast.models.wfvae_layers import ChunkState
-from osp_fast.models.weights import PretrainedModel
 
 TIME_STRIDE, SPACE_STRIDE = 4, 8
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -64,8 +66,8 @@ class Posterior:
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """The draw that standard normal noise of the mean's shape stands for."""
-        return self.mean + noise * torch.exp(0.5 * self.logvar)
+        """The draw that standard normal noise of the mean's shape stands for, in the noise's dtype."""
+        return self.mean.to(noise) + noise * torch.exp(0.5 * self.logvar.to(noise))
 
 
 class WFVAE(PretrainedModel):
@@ -77,7 +79,7 @@ class WFVAE(PretrainedModel):
 
     class_name = "WFVAEModel"
     config_class = WFVAEConfig
-    fixed_config = dict(
+    fixed_config: ClassVar = dict(
         dropout=0.0,
         norm_type="layernorm",
         l1_dowmsample_block="Downsample",
@@ -107,7 +109,7 @@ class WFVAE(PretrainedModel):
         starts = [0, *range(step - TIME_STRIDE + 1, frames, step), frames]
         state = ChunkState() if len(starts) > 2 else None
         parts = []
-        for start, end in zip(starts[:-1], starts[1:], strict=True):
+        for start, end in pairwise(starts):
             parts.append(self.encoder(video[:, :, start:end], state))
             if state is not None:
                 state.first = False
@@ -121,7 +123,7 @@ class WFVAE(PretrainedModel):
         starts = [*range(0, frames, step), frames]
         state = ChunkState() if len(starts) > 2 else None
         parts = []
-        for start, end in zip(starts[:-1], starts[1:], strict=True):
+        for start, end in pairwise(starts):
             if state is not None:
                 state.last = end == frames
             parts.append(self.decoder(latents[:, :, start:end], state))

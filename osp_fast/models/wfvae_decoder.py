@@ -4,6 +4,8 @@ In temporal chunks the decoder looks one frame ahead at the interpolation in `up
 back the last interpolated frame, and the l2 branch of the wavelet pyramid is delayed by the same frame.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -119,13 +121,13 @@ class Decoder(nn.Module):
         widths = [4 * base] + [2 * base] * blocks
         self.up1 = nn.ModuleList(
             [
-                *(ResidualBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)),
+                *(ResidualBlock(a, b) for a, b in pairwise(widths)),
                 Upsample2d(2 * base),
                 ResidualBlock(2 * base, 2 * base),
             ]
         )
         widths = [2 * base] + [base] * blocks
-        self.layer = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layer = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise(widths))
         self.norm_out = ChannelNorm(base)
         self.conv_out = FrameConv(base, 8 * COLOURS)
         self.connect_l1 = nn.ModuleList(

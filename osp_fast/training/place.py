@@ -1,13 +1,13 @@
 """The place of a run in its steps and in its data: where it starts, and how many steps there are."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from osp_fast.config import TrainConfig, as_dict
 from osp_fast.data.buckets import Plan, by_count
-from osp_fast.data.order import epoch_batches
 from osp_fast.training.resume import check_resume
 from osp_fast.training.state import FILE_NAME as STATE_FILE
 from osp_fast.training.state import TrainerState, read_state, recipe_of, versions
@@ -62,12 +62,5 @@ def clips_per_step(config: TrainConfig) -> int:
 
 def steps_per_epoch(plan: Plan, config: TrainConfig) -> int:
     """Optimizer steps of one epoch, the same for each."""
-    buckets = [clip.bucket for clip in plan.clips]
-    batches = epoch_batches(
-        buckets,
-        seed=config.run.seed,
-        epoch=0,
-        global_batch_size=clips_per_step(config),
-        group_data=config.data.group_data,
-    )
-    return len(batches)
+    filled = [len(indices) for indices in plan.buckets.values()] if config.data.group_data else [len(plan.clips)]
+    return sum(math.ceil(clips / clips_per_step(config)) for clips in filled)

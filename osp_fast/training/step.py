@@ -18,7 +18,7 @@ from osp_fast.data.dataset import LoadedClip
 from osp_fast.diffusion.schedule import DiffusionObjective, draw_noise
 from osp_fast.models.dit import DiT
 from osp_fast.models.text_encoder import TextEncoder
-from osp_fast.models.wfvae import WFVAE, Posterior
+from osp_fast.models.wfvae import WFVAE
 from osp_fast.seeding import torch_generator
 
 ENCODE_TILES = (8, None, None)  # latent frames encoded at once with --enable_tiling; rows and columns are not cut
@@ -72,7 +72,6 @@ class ClipLoss:
             pixels = torch.stack([clips[index].pixels for index in indices]).to(self.device, non_blocking=True)
             video = (pixels.float() / 127.5 - 1.0).to(dtype)
             posterior = self.vae.encode(video, tiles=self._tiles)
-            posterior = Posterior(posterior.mean.float(), posterior.logvar.float())
             shape = posterior.mean.shape[1:]
             drawn = [self._noise("posterior", shape, step, clips[index].slot) for index in indices]
             raw = posterior.sample(torch.stack(drawn))

@@ -217,7 +217,7 @@ def test_the_coin_depends_on_seed_and_entry_number_only():
     assert 150 < len(first) < 250
     assert kept(short, 1) == first != kept(short, 2)
     # Other entries that are dropped for another reason, or need no coin, change nothing for the rest.
-    changed = [Dropped("no caption")] + [image("1.jpg")] + [video("2.mp4", num_frames=9999)] + short[3:]
+    changed = [Dropped("no caption"), image("1.jpg"), video("2.mp4", num_frames=9999), *short[3:]]
     assert kept(changed, 1) - {1} == first - {0, 1, 2}
 
 

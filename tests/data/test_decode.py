@@ -3,6 +3,7 @@
 import random
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -11,7 +12,8 @@ from media import cut_start, picture, set_track_rotation, shown_frames, write_cl
 from PIL import Image
 
 from osp_fast.data.clip_request import ClipRequest, DecodeError
-from osp_fast.data.decode import decode_clip, read_video
+from osp_fast.data.decode import _behind_intra, decode_clip, read_video
+from osp_fast.data.packet_scan import PacketScan
 from osp_fast.errors import UserError
 
 RNG = random.Random(0)
@@ -84,6 +86,33 @@ def test_frames_before_an_edit_list_are_not_counted(folder, name, hidden):
     with pytest.raises(DecodeError, match=r"is needed, but only \d+ of its 150 frames are shown") as error:
         ask(file, [149], num_frames=150)
     assert not error.value.whole_file
+
+
+@pytest.mark.parametrize("bframes", [0, 3])
+def test_only_what_is_needed_is_decoded(folder, bframes):
+    """From the keyframe at or before the first frame to the last frame, wherever reading starts."""
+    params = f"keyint=12:min-keyint=12:scenecut=0:bframes={bframes}:b-adapt=0:open-gop=0"
+    file = write_clip(folder / "groups.mp4", 150, options={"x264-params": params})
+    for first, last, keyframe in [(0, 3, 0), (11, 11, 0), (100, 101, 96), (101, 113, 96), (120, 149, 120)]:
+        with av.open(str(file)) as container:
+            scan = PacketScan(container, container.streams.video[0], first, last, from_start=False)
+            packets = scan.packets(scan.timestamps((first, last)))
+            read = scan.total - scan._kept_from
+        assert packets[0].is_keyframe and last - keyframe + 1 <= len(packets) <= last - keyframe + 1 + bframes
+        assert sum(packet.is_keyframe for packet in packets) == 1 + (last - keyframe) // 12
+        assert read <= len(packets) + 96  # neither the start nor the end of the file, if these are far
+
+
+def test_decoding_starts_at_intact_pictures_only():
+    def frames(kind, corrupt):
+        start = SimpleNamespace(pts=5, pict_type=kind, is_corrupt=corrupt)
+        return iter([SimpleNamespace(pts=4), start, SimpleNamespace(pts=6)])
+
+    kinds = av.video.frame.PictureType
+    assert [frame.pts for frame in _behind_intra(frames(kinds.I, False), 5)] == [5, 6]
+    for kind, corrupt in [(kinds.P, False), (kinds.I, True)]:
+        assert not list(_behind_intra(frames(kind, corrupt), 5))
+    assert not list(_behind_intra(frames(kinds.I, False), 7))
 
 
 def test_pixels_are_the_pictures(folder):
@@ -198,12 +227,11 @@ def test_damage_inside_a_file_hits_only_its_frames(tmp_path):
     assert not error.value.whole_file
 
 
-def test_a_cover_picture_is_not_the_video(tmp_path):
+def test_a_track_with_a_still_is_not_the_video(tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", 12)
     with av.open(str(clip)) as reader, av.open(str(tmp_path / "cover.mp4"), "w") as writer:
         cover = writer.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic
         copy = writer.add_stream_from_template(reader.streams.video[0])
         for packet in cover.encode(av.VideoFrame.from_ndarray(picture(0, 32, 32))) + cover.encode(None):
             writer.mux(packet)

@@ -1,6 +1,7 @@
 """Frame selection: the counts and indices of the spec, and that plan and loader never disagree."""
 
 import dataclasses
+import itertools
 import math
 import random
 
@@ -115,7 +116,7 @@ def test_a_long_clip_is_windowed_at_random_over_all_of_it():
 
 
 def steps_of(window):
-    return {after - before for before, after in zip(window, window[1:], strict=False)}
+    return {after - before for before, after in itertools.pairwise(window)}
 
 
 def test_speed_factor_plays_long_clips_faster_by_up_to_f():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from osp_fast.kernels.rope3d import rope3d_ref, rope3d_table
 
 

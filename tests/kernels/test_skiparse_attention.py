@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from osp_fast.kernels.skiparse_attention import skiparse_attention, skiparse_attention_ref
 
 

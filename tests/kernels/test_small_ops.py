@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from osp_fast.kernels.adaln import gate_residual_ref, norm_modulate_ref
 from osp_fast.kernels.causal_conv3d import causal_conv3d_ref
 from osp_fast.kernels.channel_norm import channel_norm_ref
