@@ -58,8 +58,8 @@ class Orientation:
 class RgbWriter:
     """Converts decoded frames to RGB and writes the rectangle of each into its slots of `out` (T, H, W, 3) uint8.
 
-    `rect` is x0, x1, y0, y1 of the picture as shown. Used as a context manager; leaving
-    it waits for the conversions and raises the first error among them.
+    `rect` is x0, x1, y0, y1 of the picture as shown. Used as a context manager; leaving it waits for the conversions
+    and raises the first error among them.
     """
 
     def __init__(self, out: np.ndarray, rect: tuple[int, int, int, int]) -> None:
