@@ -101,13 +101,20 @@ class Trainer:
         """Train until the last step or a stop signal. Returns the last checkpoint, which is always up to date.
 
         Raises:
-            UserError: a checkpoint cannot be written, or the gradients stay non-finite.
+            UserError: a checkpoint cannot be written, the gradients stay non-finite, or no more clips can be had; in
+                the last case the steps until there are saved.
         """
         interval = Interval()
         batches = iter(batches)
+        started_at = self.state.step
         while self.state.step < self.total_steps and stop.received is None:
             started = time.monotonic()
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except UserError as error:
+                if self.state.step == started_at:
+                    raise
+                raise UserError(f"{error}; the steps until now are saved in {self.save()}") from error
             loss, gradient_norm, rate = self._step(batch, progress)
             interval.add(time.monotonic() - started, batch.wait_s)
             step, seconds, wait = self.state.step, interval.seconds_per_step, interval.wait_per_step

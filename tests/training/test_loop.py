@@ -208,3 +208,23 @@ def test_an_output_folder_that_cannot_be_made_is_named(config, tmp_path):
     config.run.output_dir = str(tmp_path / "file" / "run")
     with pytest.raises(UserError, match=r"--output_dir .*file/run cannot be used"):
         prepare_output(config, print)
+
+
+def test_broken_data_loses_no_step(config, train, make_batches):
+    def three_then_none():
+        yield from itertools.islice(make_batches(3), 3)
+        raise UserError("too many files are broken")
+
+    with pytest.raises(UserError, match="too many files are broken; the steps until now are saved in .*checkpoint-3"):
+        train(config, until=8, batches=three_then_none())
+    assert read_state(Path(config.run.output_dir) / "checkpoint-3" / "trainer_state.json").step == 3
+
+
+def test_data_that_is_broken_from_the_start_saves_nothing(config, train):
+    def none():
+        raise UserError("no clip can be decoded")
+        yield
+
+    with pytest.raises(UserError, match="^no clip can be decoded$"):
+        train(config, until=8, batches=none())
+    assert not list(Path(config.run.output_dir).glob("checkpoint-*"))
