@@ -224,7 +224,7 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
         dataloader_num_workers=2,
         model="tiny",
         text_encoder_name_1=f"{TINY_FOLDER}/text_encoder",
-        model_max_length=24,
+        model_max_length=16,
         ae="tiny",
         ae_path=f"{TINY_FOLDER}/vae",
         prediction_type="v_prediction",
@@ -233,11 +233,11 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
         lr_warmup_steps=20,
         lr_scheduler="constant_with_warmup",
         train_batch_size=16,
-        max_train_steps=400,
+        max_train_steps=800,
         checkpointing_steps=100,
         checkpoints_total_limit=2,
         use_ema=True,
-        ema_decay=0.98,
+        ema_decay=0.99,
         output_dir=f"{TINY_FOLDER}/run",
     )
 }
@@ -245,7 +245,7 @@ SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         model_path=f"{TINY_FOLDER}/run",
         text_encoder_name_1=f"{TINY_FOLDER}/text_encoder",
-        max_sequence_length=24,
+        max_sequence_length=16,
         ae="tiny",
         ae_path=f"{TINY_FOLDER}/vae",
         num_frames=17,
@@ -253,7 +253,8 @@ SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
         width=64,
         fps=12,
         num_sampling_steps=20,
-        guidance_scale=4.0,
+        guidance_scale=2.5,
+        negative_prompt="",  # what the model has seen in place of dropped captions
         save_img_path=f"{TINY_FOLDER}/samples",
     )
 }

@@ -19,7 +19,7 @@ PROMPTS = (
     "a yellow square moves up on a black background",
     "a green triangle stays still on a grey background",
 )
-FIRST_STEPS, ALL_STEPS = 200, 400
+STEPS = 800
 
 
 def run_command(module: str, arguments: list[str], folder: Path) -> None:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the demo. `--out` is the folder (default demo); an earlier run's results in it are replaced."""
     parser = argparse.ArgumentParser(prog="osp_fast.demo", description="Train and sample on generated video.")
     parser.add_argument("--out", default="demo", help="folder of everything that the demo writes (default: demo)")
-    parser.add_argument("--steps", type=int, default=ALL_STEPS, help=f"optimizer steps (default: {ALL_STEPS})")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default: {STEPS})")
     options = parser.parse_args(argv)
     if options.steps < 2:
         raise UserError(f"--steps {options.steps} is too few: the demo trains, then resumes, so give at least 2")

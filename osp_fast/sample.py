@@ -198,9 +198,9 @@ def find_dit(config: SampleConfig) -> Path:
     Of a checkpoint the average is taken if there is one. Raises `UserError` if there is no model.
     """
     named = Path(config.model_path)
-    if (named / "config.json").is_file():
-        return named
     checkpoints = list_checkpoints(named)
+    if not checkpoints and (named / "config.json").is_file():
+        return named
     checkpoint = checkpoints[-1][1] if checkpoints else named
     for folder in (checkpoint / "model_ema", checkpoint / "model"):
         if folder.is_dir():

@@ -107,8 +107,8 @@ def say(line: str) -> None:
 
 
 def save_settings(config: TrainConfig) -> None:
-    """Save the resolved settings as `output_dir/config.json`. Raises `UserError`."""
-    file = Path(config.run.output_dir) / "config.json"
+    """Save the resolved settings as `output_dir/settings.json`. Raises `UserError`."""
+    file = Path(config.run.output_dir) / "settings.json"
     try:
         file.write_text(json.dumps(as_dict(config), indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -123,7 +123,7 @@ def test_what_a_run_leaves_and_says(train):
     checkpoint = output / "checkpoint-4"
     recipe = Recipe("v_prediction", True, False, 24.0, 9, "256 <= area <= 1536", 16)
     assert read_recipe(checkpoint / "model") == read_recipe(checkpoint / "model_ema") == recipe
-    assert json.loads((output / "config.json").read_text())["optimizer"]["learning_rate"] == 0.01
+    assert json.loads((output / "settings.json").read_text())["optimizer"]["learning_rate"] == 0.01
     assert "learning_rate=0.01" in printed and "clips: 9\ndropped: none\nbuckets" in printed
     assert f"python -m osp_fast.sample --model_path {checkpoint / 'model_ema'}" in printed
     assert "--text_prompt 'a red square'" in printed

@@ -24,11 +24,15 @@ LOGVAR = -20.0
 
 
 def wavelet_codec(videos: Iterable[Tensor]) -> WFVAE:
-    """Fit the codec to videos (3, T, H, W) in [-1, 1]; latents come out with zero mean and unit variance."""
+    """Fit the codec to videos (3, T, H, W) in [-1, 1].
+
+    Latents come out with zero mean and, over all channels, unit variance. A channel's deviation is the root of its
+    component's: made all equal, the faint components would take as much of a small model's attention as the strong.
+    """
     mean, basis, variance = _principal_components(videos)
-    scale = tuple((1.0 / variance.sqrt()).tolist())
+    scale = variance**-0.25 / variance.sqrt().mean().sqrt()
     with torch.device("meta"):
-        vae = WFVAE(dataclasses.replace(WFVAE_CONFIGS["tiny"], scale=scale))
+        vae = WFVAE(dataclasses.replace(WFVAE_CONFIGS["tiny"], scale=tuple(scale.tolist())))
     vae.to_empty(device="cpu")
     with torch.no_grad():
         _write_identities(vae)

@@ -86,7 +86,7 @@ class DiTConfig:
 DIT_CONFIGS = {
     "OpenSoraT2V_v1_3-2B/122": DiTConfig(),
     "tiny": DiTConfig(
-        num_layers=6, num_attention_heads=4, attention_head_dim=48, caption_channels=64, cross_attention_dim=192
+        num_layers=5, num_attention_heads=3, attention_head_dim=48, caption_channels=64, cross_attention_dim=144
     ),
 }
 

@@ -53,7 +53,12 @@ class WFVAEConfig:
 WFVAE_CONFIGS = {
     "WFVAEModel_D8_4x8x8": WFVAEConfig(),
     "tiny": WFVAEConfig(
-        base_channels=8, encoder_energy_flow_hidden_size=24, decoder_energy_flow_hidden_size=24, scale=(1.0,) * 8
+        base_channels=8,
+        encoder_num_resblocks=1,
+        encoder_energy_flow_hidden_size=24,
+        decoder_num_resblocks=1,
+        decoder_energy_flow_hidden_size=24,
+        scale=(1.0,) * 8,
     ),
 }
 

@@ -24,7 +24,9 @@ def test_reconstruction_and_unit_variance():
         video = vae.decode(vae.denormalize(latents))
     psnr = 10 * torch.log10(4 / F.mse_loss(video, held_out))
     assert psnr > 20, psnr  # colours that are independent noise are the hardest case
-    assert latents.std(dim=(0, 2, 3, 4)).sub(1).abs().max() < 0.35
+    assert abs(latents.std() - 1) < 0.1 and abs(latents.mean()) < 0.1
+    deviations = latents.std(dim=(0, 2, 3, 4))
+    assert deviations[:3].min() > deviations[-2:].max() > 0.1  # strong components first, faint ones not lost
     assert posterior.logvar.max() < -15
 
 
