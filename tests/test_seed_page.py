@@ -24,12 +24,12 @@ SIZES = {
 }
 BOUNDS = {
     "case 3, absolute resolution": (
-        "--max_height 48 --max_width 48 --min_height 32 --min_width 32 --group_data --num_frames 5",
-        {"1x48x48", "5x48x48"},
+        "--max_height 48 --max_width 48 --min_height 32 --min_width 32 --group_data --num_frames 9",
+        {"1x48x48", "9x48x48"},
     ),
     "case 3, by area": (
-        "--max_hxw 1024 --min_hxw 256 --hw_stride 32 --group_data --num_frames 5",
-        {"1x32x32", "5x32x32"},
+        "--max_hxw 1024 --min_hxw 256 --hw_stride 32 --group_data --num_frames 9",
+        {"1x32x32", "9x32x32"},
     ),
     "all combined": (
         "--max_hxw 2304 --min_hxw 1024 --group_data --num_frames 17 --drop_short_ratio 0.0",
@@ -42,7 +42,7 @@ BOUNDS = {
 def folder(tmp_path_factory) -> Path:
     """A folder as `--preset tiny` makes it, with a smaller data set."""
     folder = tmp_path_factory.mktemp("seed_page")
-    generate_shapes(folder / "shapes", clips=6, images=4)
+    generate_shapes(folder / "small", clips=6, images=4)
     ensure_tiny(folder / "tiny")
     return folder
 
@@ -53,13 +53,13 @@ def run(folder: Path, module: str, flags: str, *more: str) -> subprocess.Complet
 
 
 def trained(folder: Path, flags: str, output: str) -> str:
-    done = run(folder, "train", f"{TRAIN} --data shapes/data.txt --output_dir {output} {flags}")
+    done = run(folder, "train", f"{TRAIN} --data small/data.txt --output_dir {output} {flags}")
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
 def inspected(folder: Path, flags: str) -> dict:
-    done = run(folder, "inspect", f"--data shapes/data.txt --hw_stride 16 --json plan.json {flags}")
+    done = run(folder, "inspect", f"--data small/data.txt --hw_stride 16 --json plan.json {flags}")
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "plan.json").read_text())
 
@@ -83,7 +83,7 @@ def test_cases_of_the_page_train(folder, case):
 def test_weights_from_an_earlier_stage_and_resuming(folder):
     trained(folder, "", "stage_1")
     trained(folder, "--pretrained stage_1/checkpoint-1/model_ema", "stage_2")
-    again = f"{TRAIN} --data shapes/data.txt --output_dir stage_2 --resume_from_checkpoint latest --max_train_steps 2"
+    again = f"{TRAIN} --data small/data.txt --output_dir stage_2 --resume_from_checkpoint latest --max_train_steps 2"
     done = run(folder, "train", f"{again} --pretrained stage_1/checkpoint-1/model")
     assert done.returncode == 0, done.stderr
     assert "overrides" in done.stderr and (folder / "stage_2/checkpoint-2/model_ema/recipe.json").is_file()

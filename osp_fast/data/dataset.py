@@ -203,9 +203,13 @@ class ClipLoader:
         return resize_and_crop(decoder.decode(request), clip.geometry, clip.bucket)
 
     def _nothing_sound(self, bucket: Bucket) -> str:
-        paths = [self._plan.clips[index].entry.path for index in self._plan.buckets[bucket]]
-        names = ", ".join(paths[:NAMED]) + (", ..." if len(paths) > NAMED else "")
-        return f"no clip of bucket {bucket} can be decoded ({names}): repair or remove them (see rejects.jsonl)"
+        entries = [self._plan.clips[index].entry for index in self._plan.buckets[bucket]]
+        names = [f"{entry.path}: {self._broken.get(entry.file, 'unusable')}" for entry in entries[:NAMED]]
+        more = ", ..." if len(entries) > NAMED else ""
+        return (
+            f"no clip of bucket {bucket} can be decoded ({', '.join(names)}{more}): repair or remove them, or correct "
+            "DATA_ROOT in data.txt (see rejects.jsonl)"
+        )
 
 
 class _Crew:

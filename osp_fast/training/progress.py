@@ -23,8 +23,9 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._stream = stream or sys.stderr
-        self._total = total_steps
+        self._first, self._total = first_step, total_steps
         self._clock = clock
+        self._started_at = clock()
         self._shown_at = float("-inf")
         self._bar = None
         if self._stream.isatty():
@@ -46,7 +47,8 @@ class Progress:
             return
         now = self._clock()
         if now - self._shown_at >= PLAIN_SECONDS or step == self._total:
-            left = _duration(seconds * (self._total - step))
+            per_step = (now - self._started_at) / (step - self._first)
+            left = _duration(per_step * (self._total - step))
             print(f"step {step}/{self._total}: {facts}, {left} left", file=self._stream, flush=True)
             self._shown_at = now
 

@@ -1,10 +1,15 @@
-"""Videos of every kind that the decoder must get right, and the frames that a plain sequential decode gives."""
+"""Videos of every kind that the decoder must get right or refuse, and the frames of a plain sequential decode."""
 
+import os
+import random
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
+
+FRAMES = 24
 
 
 def picture(number: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -77,3 +82,56 @@ def set_track_rotation(path: Path, degrees: float) -> None:
     values = [np.cos(angle), np.sin(angle), 0, -np.sin(angle), np.cos(angle), 0, 0, 0, 16384]
     data[matrix : matrix + 36] = np.round(np.array(values) * 65536).astype(">i4").tobytes()
     path.write_bytes(data)
+
+
+def entry(path: str, caption: str, **rest) -> dict:
+    """An annotation of a clip that `write_clip` makes."""
+    resolution = {"height": 48, "width": 64}
+    return {"path": path, "cap": caption, "resolution": resolution, "num_frames": FRAMES, "fps": 24, **rest}
+
+
+def broken_files(folder: Path) -> dict[str, tuple[dict, str]]:
+    """Name -> (annotation, reason) of a file of each broken kind."""
+    names = ["zero", "truncated", "text", "folder", "missing", "pixel", "count", "hang", "tilted", "picture"]
+    names = {name: f"bad_{name}.{'png' if name == 'picture' else 'mp4'}" for name in names}
+    (folder / names["zero"]).touch()
+    whole = write_clip(folder / names["truncated"], FRAMES).read_bytes()
+    (folder / names["truncated"]).write_bytes(whole[: len(whole) // 2])
+    (folder / names["text"]).write_text("no video\n" * 100)
+    (folder / names["folder"]).mkdir()
+    write_clip(folder / names["pixel"], FRAMES, height=2, width=2)
+    write_clip(folder / names["count"], FRAMES)
+    os.mkfifo(folder / names["hang"])
+    set_track_rotation(write_clip(folder / names["tilted"], FRAMES), 37)
+    Image.fromarray(picture(0)[:1, :1]).save(folder / names["picture"])
+    reasons = {
+        "zero": "empty (0 bytes)",
+        "truncated": "truncated or damaged: an mp4 file without a readable index",
+        "text": "not a video, or damaged",
+        "folder": "is a directory",
+        "missing": "missing",
+        "pixel": "decoded size 2x2 differs from annotated 64x48",
+        "count": f"has only {FRAMES} frames, but the annotation says 40",
+        "hang": "decoding took more than 1 s (--decode_timeout)",
+        "tilted": "rotation of 37 degrees is not a multiple of 90",
+        "picture": "decoded size 1x1 differs from annotated 64x48",
+    }
+    frames = {"count": 40}
+    return {
+        names[name]: (entry(names[name], f"bad {name}", num_frames=frames.get(name, FRAMES)), reason)
+        for name, reason in reasons.items()
+    }
+
+
+def write_broken_and_sound(folder: Path) -> tuple[list[dict], dict[str, str]]:
+    """Ten broken files and twelve sound ones: their annotations, shuffled, and the broken ones' name -> reason."""
+    broken = broken_files(folder)
+    entries = [annotation for annotation, _ in broken.values()]
+    for number in range(9):
+        write_clip(folder / f"{number}.mp4", FRAMES)
+        entries.append(entry(f"{number}.mp4", f"video number {number}"))
+    for number in range(3):
+        Image.fromarray(picture(number)).save(folder / f"{number}.png")
+        entries.append(entry(f"{number}.png", f"image number {number}"))
+    random.Random(0).shuffle(entries)
+    return entries, {name: reason for name, (_, reason) in broken.items()}

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import os
-import random
 import threading
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from media import picture, set_track_rotation, shown_frames, write_clip
+from media import FRAMES, entry, picture, shown_frames, write_broken_and_sound, write_clip
 from PIL import Image
 
 from osp_fast.config import DataConfig
@@ -23,13 +22,6 @@ from osp_fast.data.geometry import Geometry
 from osp_fast.data.rejects import RejectLog
 from osp_fast.data.resize import resize_and_crop
 from osp_fast.errors import UserError
-
-FRAMES = 24
-
-
-def entry(path: str, caption: str, **rest) -> dict:
-    resolution = {"height": 48, "width": 64}
-    return {"path": path, "cap": caption, "resolution": resolution, "num_frames": FRAMES, "fps": 24, **rest}
 
 
 def write_data(folder: Path, entries: list[dict]) -> DataConfig:
@@ -170,55 +162,14 @@ def test_iterating_twice_starts_again(good, tmp_path):
         assert facts(list(itertools.islice(loader, 2))) == first
 
 
-def broken_files(folder: Path) -> dict[str, tuple[dict, str]]:
-    """Name -> (annotation, reason) of a file of each broken kind."""
-    names = ["zero", "truncated", "text", "folder", "missing", "pixel", "count", "hang", "tilted", "picture"]
-    names = {name: f"bad_{name}.{'png' if name == 'picture' else 'mp4'}" for name in names}
-    (folder / names["zero"]).touch()
-    whole = write_clip(folder / names["truncated"], FRAMES).read_bytes()
-    (folder / names["truncated"]).write_bytes(whole[: len(whole) // 2])
-    (folder / names["text"]).write_text("no video\n" * 100)
-    (folder / names["folder"]).mkdir()
-    write_clip(folder / names["pixel"], FRAMES, height=2, width=2)
-    write_clip(folder / names["count"], FRAMES)
-    os.mkfifo(folder / names["hang"])
-    set_track_rotation(write_clip(folder / names["tilted"], FRAMES), 37)
-    Image.fromarray(picture(0)[:1, :1]).save(folder / names["picture"])
-    reasons = {
-        "zero": "empty (0 bytes)",
-        "truncated": "truncated or damaged: an mp4 file without a readable index",
-        "text": "not a video, or damaged",
-        "folder": "is a directory",
-        "missing": "missing",
-        "pixel": "decoded size 2x2 differs from annotated 64x48",
-        "count": f"has only {FRAMES} frames, but the annotation says 40",
-        "hang": "decoding took more than 1 s (--decode_timeout)",
-        "tilted": "rotation of 37 degrees is not a multiple of 90",
-        "picture": "decoded size 1x1 differs from annotated 64x48",
-    }
-    frames = {"count": 40}
-    return {
-        names[name]: (entry(names[name], f"bad {name}", num_frames=frames.get(name, FRAMES)), reason)
-        for name, reason in reasons.items()
-    }
-
-
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> tuple[Plan, DataConfig, dict[str, str]]:
     """Ten broken files among twelve good ones, and the reasons."""
     folder = tmp_path_factory.mktemp("mixed")
-    broken = broken_files(folder)
-    entries = [annotation for annotation, _ in broken.values()]
-    for number in range(9):
-        write_clip(folder / f"{number}.mp4", FRAMES)
-        entries.append(entry(f"{number}.mp4", f"video number {number}"))
-    for number in range(3):
-        Image.fromarray(picture(number)).save(folder / f"{number}.png")
-        entries.append(entry(f"{number}.png", f"image number {number}"))
-    random.Random(0).shuffle(entries)
+    entries, reasons = write_broken_and_sound(folder)
     config = write_data(folder, entries)
     config.decode_timeout = 1.0
-    return load_plan(config, seed=1), config, {str(folder / name): reason for name, (_, reason) in broken.items()}
+    return load_plan(config, seed=1), config, {str(folder / name): reason for name, reason in reasons.items()}
 
 
 def test_broken_files_are_replaced_and_listed(mixed, tmp_path):
@@ -257,7 +208,10 @@ def test_too_many_broken_files(mixed, tmp_path):
 def test_no_sound_clip_in_a_bucket(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     config = write_data(tmp_path, [entry("none.mp4", "a"), entry("text.mp4", "b")])
-    with pytest.raises(UserError, match=r"no clip of bucket 9x32x32 can be decoded \(.*none\.mp4, .*text\.mp4\)"):
+    with pytest.raises(
+        UserError,
+        match=r"no clip of bucket 9x32x32 can be decoded \(.*none\.mp4: missing, .*text\.mp4: not a video, .*\)",
+    ):
         take(make_loader(load_plan(config, seed=1), config, tmp_path), 1)
 
 
