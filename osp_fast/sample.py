@@ -6,10 +6,9 @@ that holds all that made it; more than one sample also give a grid.
 
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +28,11 @@ from osp_fast.pipeline import (
     VideoPipeline,
     resolve_parametrization,
 )
+from osp_fast.progress import Progress, duration
 from osp_fast.training.checkpoint import list_checkpoints
 
 TILE_LATENT_FRAMES = 4  # of --enable_tiling: 16 frames at once
 GRID_WIDTH = 3840  # pixels; a grid that would be wider is made of shrunk clips, which also bounds the memory
-PLAIN_SECONDS = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,7 +96,15 @@ def run(
     negative = NEGATIVE_PROMPT if negative is None else clean_caption(negative, chinese=chinese)
     per_prompt = config.num_samples_per_prompt
     total = len(prompts) * per_prompt
-    progress = Progress(total, calls)
+    progress = Progress(total * calls)
+
+    def show(prompt: int, sample: int, done: int, _: int) -> None:
+        clip = prompt * per_prompt + sample
+        pace = progress.pace(clip * calls + done)
+        facts = f"{pace:.2f} s/step, {duration(pace * (calls - done))} left for this clip"
+        place = f"clip {clip + 1}/{total}, step {done}/{calls}"
+        progress.show(clip * calls + done, place, facts, milestone=done == calls)
+
     clips = pipeline.generate(
         cleaned,
         negative_prompt=negative,
@@ -112,7 +119,7 @@ def run(
         prediction_type=config.prediction_type,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         tiles=(TILE_LATENT_FRAMES, None, None) if config.enable_tiling else None,
-        on_step=lambda prompt, sample, done, _: progress.step(prompt * per_prompt + sample, done),
+        on_step=show,
     )
     columns = per_prompt if per_prompt > 1 else math.ceil(math.sqrt(total))
     shrink = math.ceil(columns * config.width / GRID_WIDTH)
@@ -255,56 +262,6 @@ def smaller(frames: np.ndarray, factor: int) -> np.ndarray:
 def say(line: str) -> None:
     """Print for the user, at once also into a pipe; stderr, so that stdout stays empty."""
     print(line, file=sys.stderr, flush=True)
-
-
-class Progress:
-    """Where sampling is: a bar over the model calls of all clips on a terminal, else a line every few seconds."""
-
-    def __init__(
-        self,
-        clips: int,
-        calls: int,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        from tqdm import tqdm
-
-        self._clips, self._calls, self._clock = clips, calls, clock
-        self._stream = stream or sys.stderr
-        self._interval = tqdm.format_interval
-        self._started_at = self._shown_at = clock()
-        self._bar = None
-        if self._stream.isatty():
-            self._bar = tqdm(total=clips * calls, unit="step", file=self._stream, dynamic_ncols=True)
-
-    def step(self, clip: int, done: int) -> None:
-        """Show that `done` model calls of clip number `clip`, from 0, are made."""
-        facts = f"clip {clip + 1}/{self._clips}, step {done}/{self._calls}"
-        total_done = clip * self._calls + done
-        if self._bar is not None:
-            self._bar.set_description_str(facts, refresh=False)
-            self._bar.update(total_done - self._bar.n)
-            return
-        now = self._clock()
-        if now - self._shown_at >= PLAIN_SECONDS or done == self._calls:
-            per_step = (now - self._started_at) / total_done
-            clip_left = self._interval(per_step * (self._calls - done))
-            left = self._interval(per_step * (self._clips * self._calls - total_done))
-            line = f"{facts}: {per_step:.2f} s/step, {clip_left} left for this clip, {left} for all"
-            print(line, file=self._stream, flush=True)
-            self._shown_at = now
-
-    def message(self, text: str) -> None:
-        """Print a line without tearing the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it is and go to a new line."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from osp_fast.data.dataset import ClipLoader
 from osp_fast.data.rejects import RejectLog
 from osp_fast.device import kernel_path, resolve_device
 from osp_fast.errors import UserError, run_entry_point
+from osp_fast.progress import Progress
 from osp_fast.training.build import build_dit, build_text_encoder, build_vae, set_precision
 from osp_fast.training.guards import StopSignals, refuse_parallel_runs
 from osp_fast.training.loop import Trainer, prepare_output
 from osp_fast.training.metrics import MetricsLog
 from osp_fast.training.place import clips_per_step, plan_summary, starting_point, steps_per_epoch
-from osp_fast.training.progress import Progress
 from osp_fast.training.step import ClipLoss
 
 
@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> int:
     )
     continued = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
     metrics = MetricsLog(run, resumed_step=state.step if continued else 0)
-    progress = Progress(state.step, total_steps)
+    progress = Progress(total_steps, first=state.step)
     try:
         with StopSignals() as stop:
             last = trainer.run(loader, metrics, progress, stop)

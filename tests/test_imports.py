@@ -14,11 +14,12 @@ ALLOWED = {
     "config": set(),
     "checks": LEAVES,
     "cli": LEAVES | {"checks"},
+    "progress": LEAVES,
     "device": LEAVES | {"kernels"},
     "models": LEAVES | {"kernels"},
     "data": LEAVES,
     "diffusion": LEAVES,
-    "training": LEAVES | {"device", "models", "diffusion", "data"},
+    "training": LEAVES | {"progress", "device", "models", "diffusion", "data"},
     "pipeline": LEAVES | {"device", "models", "diffusion"},
     "assets": LEAVES | {"kernels", "models", "data"},
 }

@@ -1,6 +1,5 @@
 """`python -m osp_fast.sample` from flags to files, on a small random model."""
 
-import io
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from osp_fast.config import Recipe
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.pipeline import NEGATIVE_PROMPT
-from osp_fast.sample import Progress, main, read_prompts, smaller
+from osp_fast.sample import main, read_prompts, smaller
 
 VAE_FOLDER = Path(__file__).parent / "golden/vae"
 CONFIG = DiTConfig(
@@ -265,37 +264,6 @@ def test_compile_reaches_every_block(flags, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
     run(flags, compile=True)
     assert compiled == ["Block", "Block"]
-
-
-def test_progress_in_a_pipe_is_plain_lines():
-    stream, now = io.StringIO(), [0.0]
-    progress = Progress(2, 30, stream, clock=lambda: now[0])
-    for clip in range(2):
-        for step in range(1, 31):
-            now[0] += 1
-            progress.step(clip, step)
-    progress.close()
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "clip 1/2, step 10/30: 1.00 s/step, 00:20 left for this clip, 00:50 for all"
-    assert [line.split(":")[0] for line in lines] == [
-        f"clip {clip}/2, step {step}/30" for clip in (1, 2) for step in (10, 20, 30)
-    ]
-
-
-def test_progress_on_a_terminal_is_a_bar():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    stream = Terminal()
-    progress = Progress(2, 2, stream)
-    for clip in range(2):
-        for step in (1, 2):
-            progress.step(clip, step)
-    progress.message("wrote a file")
-    progress.close()
-    assert "clip 2/2, step 2/2" in stream.getvalue() and "4/4" in stream.getvalue()
-    assert "wrote a file\n" in stream.getvalue()
 
 
 def test_a_wide_grid_is_shrunk_by_whole_pixels():

@@ -11,6 +11,7 @@ from osp_fast.config import TrainConfig
 from osp_fast.data.dataset import StepBatch
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
+from osp_fast.progress import Progress
 from osp_fast.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -22,7 +23,6 @@ from osp_fast.training.ema import EMA
 from osp_fast.training.guards import NonFiniteGuard, StopSignals
 from osp_fast.training.metrics import MetricsLog
 from osp_fast.training.optimizer import build_optimizer, learning_rate_rule, set_learning_rate
-from osp_fast.training.progress import Progress
 from osp_fast.training.state import TrainerState, recipe_of
 from osp_fast.training.step import ClipLoss, accumulate_gradients
 
@@ -118,7 +118,8 @@ class Trainer:
             loss, gradient_norm, rate = self._step(batch, progress)
             interval.add(time.monotonic() - started, batch.wait_s)
             step, seconds, wait = self.state.step, interval.seconds_per_step, interval.wait_per_step
-            progress.step(step, loss, seconds, wait / seconds)
+            facts = f"loss {loss:.4f}, {seconds:.2f} s/step, {wait / seconds:.0%} waiting for data"
+            progress.show(step, f"step {step}/{self.total_steps}", facts)
             if step % self.config.run.log_interval == 0 or step == self.total_steps:
                 metrics.write(
                     dict(

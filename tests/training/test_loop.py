@@ -17,12 +17,12 @@ import torch
 from osp_fast.config import TrainConfig, as_dict
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
+from osp_fast.progress import Progress
 from osp_fast.training.build import load_trainable
 from osp_fast.training.guards import MAX_SKIPPED_IN_A_ROW, StopSignals
 from osp_fast.training.loop import Trainer, prepare_output
 from osp_fast.training.metrics import MetricsLog
 from osp_fast.training.optimizer import state_tensors
-from osp_fast.training.progress import Progress
 from osp_fast.training.state import TrainerState, read_state
 
 
@@ -56,7 +56,7 @@ def train(make_loss, make_batches):
         stream = io.StringIO()
         metrics = MetricsLog(config.run, state.step)
         with StopSignals() as stop:
-            trainer.run(stop_after(batches, until - state.step, stop), metrics, Progress(0, total, stream), stop)
+            trainer.run(stop_after(batches, until - state.step, stop), metrics, Progress(total, stream=stream), stop)
         metrics.close()
         return trainer, stream.getvalue()
 

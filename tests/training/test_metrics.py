@@ -1,13 +1,11 @@
 """metrics.jsonl is one consistent history; the progress line says what it should."""
 
-import io
 import json
 
 import pytest
 
 from osp_fast.config import RunConfig
 from osp_fast.training.metrics import MetricsLog, drop_lines_after
-from osp_fast.training.progress import Progress
 
 
 def record(step: int, **values) -> dict:
@@ -56,30 +54,3 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 0.5)]
-
-
-def test_plain_progress_is_sparse_and_says_first_and_last_step():
-    stream, now = io.StringIO(), [0.0]
-    progress = Progress(0, 10, stream, clock=lambda: now[0])
-    for step in range(1, 11):
-        now[0] += 1.0
-        progress.step(step, loss=0.25, seconds=0.75, wait_share=0.5)
-    progress.close()
-    lines = stream.getvalue().splitlines()
-    # The time left follows from the mean since the start, which a single odd step does not move much.
-    assert lines[0] == "step 1/10: loss 0.2500, 0.75 s/step, 50% waiting for data, 0:00:09 left"
-    assert [line.split(":")[0] for line in lines] == ["step 1/10", "step 6/10", "step 10/10"]
-
-
-def test_a_terminal_gets_a_bar():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    stream = Terminal()
-    progress = Progress(4, 6, stream)
-    progress.step(5, 0.25, 1.0, 0.0)
-    progress.message("a note")
-    progress.step(6, 0.125, 1.0, 0.0)
-    progress.close()
-    assert "a note\n" in stream.getvalue() and "6/6" in stream.getvalue() and "loss 0.1250" in stream.getvalue()

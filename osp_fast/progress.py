@@ -1,4 +1,4 @@
-"""One line that says how the training goes: a bar on a terminal, plain lines in a file."""
+"""One line that says how long work goes: a bar on a terminal, plain lines in a file."""
 
 import sys
 import time
@@ -9,21 +9,21 @@ PLAIN_SECONDS = 5.0
 
 
 class Progress:
-    """Shows the step, the loss, seconds per step, the share of them spent waiting for data, and the time left.
+    """Progress through `total` equal units of work, of which `first` were done before.
 
     On a terminal it is a tqdm bar. Elsewhere it is a plain line whenever `PLAIN_SECONDS` have passed since the last
-    one, and for the first and the last step.
+    one, for the first and the last unit, and for milestones; each ends with the time left.
     """
 
     def __init__(
         self,
-        first_step: int,
-        total_steps: int,
+        total: int,
+        first: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._stream = stream or sys.stderr
-        self._first, self._total = first_step, total_steps
+        self._first, self._total = first, total
         self._clock = clock
         self._started_at = clock()
         self._shown_at = float("-inf")
@@ -31,25 +31,23 @@ class Progress:
         if self._stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(initial=first_step, total=total_steps, unit="step", file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(initial=first, total=total, unit="step", file=self._stream, dynamic_ncols=True)
 
-    def step(self, step: int, loss: float, seconds: float, wait_share: float) -> None:
-        """Show the state after `step` steps.
+    def pace(self, done: int) -> float:
+        """Mean seconds per unit since the start; `done` units, more than `first`, are done."""
+        return (self._clock() - self._started_at) / (done - self._first)
 
-        Args:
-            seconds: mean seconds per step of late.
-            wait_share: share of them, 0 to 1, that waited for data.
-        """
-        facts = f"loss {loss:.4f}, {seconds:.2f} s/step, {100 * wait_share:.0f}% waiting for data"
+    def show(self, done: int, what: str, facts: str, milestone: bool = False) -> None:
+        """Show that `done` units are done: `what` names the place ("step 3/10"), `facts` tells about it."""
         if self._bar is not None:
+            self._bar.set_description_str(what, refresh=False)
             self._bar.set_postfix_str(facts, refresh=False)
-            self._bar.update(step - self._bar.n)
+            self._bar.update(done - self._bar.n)
             return
         now = self._clock()
-        if now - self._shown_at >= PLAIN_SECONDS or step == self._total:
-            per_step = (now - self._started_at) / (step - self._first)
-            left = _duration(per_step * (self._total - step))
-            print(f"step {step}/{self._total}: {facts}, {left} left", file=self._stream, flush=True)
+        if milestone or now - self._shown_at >= PLAIN_SECONDS or done == self._total:
+            left = duration(self.pace(done) * (self._total - done))
+            print(f"{what}: {facts}, {left} left", file=self._stream, flush=True)
             self._shown_at = now
 
     def message(self, text: str) -> None:
@@ -65,7 +63,8 @@ class Progress:
             self._bar.close()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as hours:minutes:seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
