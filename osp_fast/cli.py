@@ -69,11 +69,16 @@ def parse_train(
     return config, space
 
 
-def parse_sample(argv: Sequence[str] | None = None) -> SampleConfig:
-    """Parse, resolve and check a sampling command line; `--print_config` as for training. Raises `UserError`."""
+def sample_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m osp_fast.sample`."""
     parser = _parser("osp_fast.sample", "Sample videos and images from an Open-Sora-Plan v1.3 model.")
     _add_flags(parser, SampleConfig)
-    space = _parse_with_preset(parser, argv, SAMPLE_PRESETS)
+    return parser
+
+
+def parse_sample(argv: Sequence[str] | None = None) -> SampleConfig:
+    """Parse, resolve and check a sampling command line; `--print_config` as for training. Raises `UserError`."""
+    space = _parse_with_preset(sample_parser(), argv, SAMPLE_PRESETS)
     config = _fill(SampleConfig, space)
     _finish(config, check_sample(config), space.print_config)
     return config

@@ -154,3 +154,11 @@ def test_mistakes_exit_with_code_2_and_one_line(module):
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: --no_such_flag") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "module, flag", [("train", "--snr_gamma"), ("sample", "--sample_method"), ("inspect", "--json")]
+)
+def test_help_explains_flags(module, flag):
+    done = subprocess.run([sys.executable, "-m", f"osp_fast.{module}", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"\n  {flag} " in done.stdout and done.stderr == ""

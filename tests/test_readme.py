@@ -1,0 +1,45 @@
+"""The README's commands and flags are real."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from osp_fast.cli import sample_parser, train_parser
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """Every `python -m osp_fast...` of the code blocks, continuation lines joined, comments cut."""
+    blocks = re.findall(r"```(?:\w*)\n(.*?)```", README, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.startswith("python -m osp_fast.")]
+
+
+def test_there_are_commands():
+    assert {line.split()[2] for line in commands()} >= {"osp_fast.train", "osp_fast.sample"}
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_accepted(command):
+    words = shlex.split(command)
+    done = subprocess.run([sys.executable, *words[1:], "--print_config"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_flag_that_is_mentioned_exists():
+    known = {flag for parser in (train_parser(), sample_parser()) for flag in parser._option_string_actions}
+    known |= {"--json"}  # osp_fast.inspect's own, see tests/test_inspect.py
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]*", README))
+    assert len(mentioned) > 40 and mentioned <= known, mentioned - known
+
+
+def test_every_flag_of_the_readme_is_run_by_a_test():
+    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("*.py") if path.name != "test_readme.py")
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]*", README)):
+        # Tests give flags as text, or as keyword arguments of a helper that makes a command line of them.
+        assert re.search(rf"{flag}\b|\b{flag[2:]}=", tests), f"no test runs {flag}"
