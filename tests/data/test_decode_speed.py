@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from osp_fast.data.clip_request import ClipRequest
+from osp_fast.data.rgb import usable_cores
 from osp_fast.data.video import Decoder
 
 HEIGHT, WIDTH, FPS, SECONDS, FRAMES = 1080, 1920, 24, 30, 93
 FIRST = (SECONDS * FPS - FRAMES) // 2
 PART = 72  # frames between keyframes, three seconds
-ROUNDS = 3
+ROUNDS = 8
 ALLOWED = 1.15
 
 
@@ -85,4 +86,6 @@ def test_a_clip_costs_little_more_than_its_decoding(clip, capsys):
             f"\n93 frames of 1080p: {full:.3f} s; {full / decoded:.2f} x PyAV's seek and decode,"
             f" {full / converted:.2f} x with RGB"
         )
-    assert full <= ALLOWED * converted
+    # With two cores the conversion to RGB hides behind decoding. One core has nowhere to hide it, and on many cores
+    # decoding alone gets faster than memory can take the pixels; there the baseline converts too.
+    assert full <= ALLOWED * (decoded if usable_cores() == 2 else converted)

@@ -53,4 +53,4 @@ def test_one_process_may_train(monkeypatch, world_size):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world_size:
         monkeypatch.setenv("WORLD_SIZE", world_size)
-    refuse_parallel_runs(RunConfig())
+    assert refuse_parallel_runs(RunConfig()) is None  # it did not raise
