@@ -3,7 +3,6 @@
 Each stage is the command that a user would type; this file only types them, in a folder of its own.
 """
 
-import argparse
 import shlex
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from osp_fast.cli import SentenceParser
 from osp_fast.config import SAMPLE_PRESETS, TINY_FOLDER
 from osp_fast.errors import UserError, run_entry_point
 
@@ -30,6 +30,19 @@ def run_command(module: str, arguments: list[str], folder: Path) -> None:
         raise UserError(f"python -m {module} ended with code {done.returncode}: its message stands above")
 
 
+def clear(out: Path) -> None:
+    """Make the demo's folder, without an earlier demo's results. Raises `UserError` if it is another's."""
+    mark = out / ".osp_fast_demo"
+    try:
+        if out.exists() and any(out.iterdir()) and not mark.exists():
+            raise UserError(f"--out {out} holds files that are not the demo's: name a new folder")
+        shutil.rmtree(out / TINY_FOLDER, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be used ({error}): name another folder") from None
+
+
 def read_samples(folder: Path) -> list[Path]:
     """The sampled videos in order of their index, without the grid."""
     return sorted(path for path in folder.glob("*.mp4") if "grid" not in path.name)
@@ -37,16 +50,14 @@ def read_samples(folder: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the demo. `--out` is the folder (default demo); an earlier run's results in it are replaced."""
-    parser = argparse.ArgumentParser(prog="osp_fast.demo", description="Train and sample on generated video.")
+    parser = SentenceParser(prog="osp_fast.demo", description="Train and sample on generated video.")
     parser.add_argument("--out", default="demo", help="folder of everything that the demo writes (default: demo)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default: {STEPS})")
     options = parser.parse_args(argv)
     if options.steps < 2:
         raise UserError(f"--steps {options.steps} is too few: the demo trains, then resumes, so give at least 2")
     out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in (out / TINY_FOLDER / "run", out / TINY_FOLDER / "samples"):
-        shutil.rmtree(stale, ignore_errors=True)
+    clear(out)
     start = time.monotonic()
     train = ["--preset", "tiny", "--max_train_steps"]
     run_command("osp_fast.train", [*train, str(options.steps // 2)], out)
