@@ -20,7 +20,7 @@ from osp_fast.data.rejects import RejectLog
 from osp_fast.device import kernel_path, resolve_device
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.progress import Progress
-from osp_fast.training.build import build_dit, build_text_encoder, build_vae, set_precision
+from osp_fast.training.build import build_dit, build_text_encoder, build_vae, check_folders, set_precision
 from osp_fast.training.guards import StopSignals, refuse_parallel_runs
 from osp_fast.training.loop import Trainer, prepare_output
 from osp_fast.training.metrics import MetricsLog
@@ -47,7 +47,8 @@ def train(config: TrainConfig) -> int:
     """
     run = config.run
     output_dir = Path(run.output_dir)
-    kernels = kernel_path()
+    kernels, device = kernel_path(), resolve_device(run.device)
+    check_folders(config.model)
     checkpoint = prepare_output(config, say)
     for group, values in as_dict(config).items():
         say(f"{group}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
@@ -60,7 +61,6 @@ def train(config: TrainConfig) -> int:
         say(f"{checkpoint} is already at step {state.step} of {total_steps}: raise --max_train_steps to train further")
         return 0
 
-    device = resolve_device(run.device)
     set_precision(config.model)
     dit = build_dit(config, checkpoint, device)
     vae = build_vae(config.model, dit, device)

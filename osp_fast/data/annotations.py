@@ -99,8 +99,9 @@ def _read_data_lines(data: str) -> list[tuple[str, str, int]]:
         with open(data, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file]
     except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{data}: --data cannot be read ({error}); give a text file of DATA_ROOT,ANNOTATION lines"
+            f"{data}: --data cannot be read ({reason}); give a text file of DATA_ROOT,ANNOTATION lines"
         ) from error
     parts = []
     for number, line in enumerate(lines, start=1):

@@ -26,6 +26,18 @@ def set_precision(model: ModelConfig) -> None:
     torch.backends.cudnn.allow_tf32 = model.allow_tf32
 
 
+def check_folders(model: ModelConfig) -> None:
+    """Raise `UserError` for a frozen network whose folder is not named or not there, before anything large is built."""
+    for flag, name, owner in (
+        ("--ae_path", model.ae_path, "the VAE's folder"),
+        ("--text_encoder_name_1", model.text_encoder_name_1, "the text encoder's folder"),
+    ):
+        if not name:
+            raise UserError(f"{flag} is missing: name {owner}, or use --preset tiny")
+        with naming(flag):
+            find_folder(name, model.cache_dir)
+
+
 def build_dit(config: TrainConfig, checkpoint: Path | None, device: torch.device) -> DiT:
     """The DiT to train, float32: from a checkpoint's `model`, else from `--pretrained`, else fresh by `--seed`.
 
@@ -70,8 +82,6 @@ def _check_architecture(folder: Path, model: ModelConfig) -> None:
 
 def build_vae(model: ModelConfig, dit: DiT, device: torch.device) -> WFVAE:
     """The VAE, frozen: bf16 with `--mixed_precision bf16` unless `--vae_fp32`. Raises `UserError`."""
-    if model.ae_path is None:
-        raise UserError("--ae_path is missing: name the VAE's folder, or use --preset tiny")
     dtype = torch.float32 if model.vae_fp32 else _frozen_dtype(model)
     with naming("--ae_path"):
         vae = WFVAE.from_pretrained(find_folder(model.ae_path, model.cache_dir), dtype, device)
@@ -85,10 +95,7 @@ def build_vae(model: ModelConfig, dit: DiT, device: torch.device) -> WFVAE:
 
 def build_text_encoder(model: ModelConfig, dit: DiT, device: torch.device) -> TextEncoder:
     """The text encoder, frozen, in bf16 with `--mixed_precision bf16`. Raises `UserError`."""
-    name = model.text_encoder_name_1
-    if name is None:
-        raise UserError("--text_encoder_name_1 is missing: name the encoder's folder, or use --preset tiny")
-    dtype = _frozen_dtype(model)
+    name, dtype = model.text_encoder_name_1, _frozen_dtype(model)
     with naming("--text_encoder_name_1"):
         encoder = TextEncoder.from_pretrained(name, dtype, device, model.model_max_length, model.cache_dir)
     if encoder.width != dit.config.caption_channels:
