@@ -151,7 +151,7 @@ def test_size_drops(height, width, config, reason):
 sides = st.integers(1, 5000)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(sides, sides, st.sampled_from([AREA, FORCED, DataConfig(max_height=480, max_width=640)]), st.data())
 def test_geometry_stays_inside(height, width, config, data):
     crop = None

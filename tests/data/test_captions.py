@@ -39,7 +39,7 @@ def test_a_run_of_dashes_is_one_dash():
 markup = st.lists(st.sampled_from(["<", ">", "&", "!", "[", "--", "script", "#x", ";", "a", " ", "\ud800", "."]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.one_of(st.text(st.characters(), max_size=60), markup.map("".join)), chinese=st.booleans())
 @example(text="<![if x", chinese=True)
 @example(text="a &#xd800; \ud800 & b", chinese=True)

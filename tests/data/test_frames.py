@@ -177,7 +177,7 @@ def videos_and_configs(draw):
     return video(num_frames, draw(rates), cut), config
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(case=videos_and_configs(), seed=st.integers(0, 2**32))
 def test_what_the_plan_promises_the_loader_gives(case, seed):
     entry, config = case

@@ -21,7 +21,7 @@ def batches(buckets=MIXED, *, seed=0, epoch=0, size=8, group=True):
     return epoch_batches(buckets, seed=seed, epoch=epoch, global_batch_size=size, group_data=group)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     buckets=st.lists(st.sampled_from([LONG, SHORT, IMAGE]), max_size=60),
     size=st.integers(1, 9),

@@ -22,7 +22,7 @@ def by_definition(q, k, v, mode, sparse_n, key_mask=None):
     return torch.einsum("bhnm,bmhd->bnhd", weights, v)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 2),
     tokens=st.integers(1, 67),
