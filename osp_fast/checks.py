@@ -1,6 +1,17 @@
 """Settings that depend on each other: what contradicts ends in a `UserError`, what is overruled in a notice."""
 
-from osp_fast.config import DataConfig, SampleConfig, TrainConfig
+import dataclasses
+import re
+
+from osp_fast.config import (
+    DataConfig,
+    DiffusionConfig,
+    OptimizerConfig,
+    Recipe,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from osp_fast.errors import UserError
 
 FRAME_STEP = 4  # the VAE's temporal stride: clips have 4n + 1 frames
@@ -30,6 +41,17 @@ def check_train(config: TrainConfig) -> list[str]:
                 notices.append(f"{name} has no effect with --rf_scheduler, which predicts the flow's velocity")
     if run.report_to in ("wandb", "all"):
         notices.append(f"--report_to {run.report_to}: metrics go to TensorBoard and metrics.jsonl, nothing is uploaded")
+    if not run.use_ema:
+        for name in ("ema_decay", "ema_start_step", "offload_ema"):
+            if getattr(run, name) != getattr(RunConfig, name):
+                notices.append(f"--{name} has no effect without --use_ema")
+    if not config.diffusion.rf_scheduler and config.diffusion.weighting_scheme != DiffusionConfig.weighting_scheme:
+        notices.append("--weighting_scheme has no effect without --rf_scheduler")
+    if config.optimizer.lr_scheduler == "constant" and config.optimizer.lr_warmup_steps not in (
+        0,
+        OptimizerConfig.lr_warmup_steps,
+    ):
+        notices.append("--lr_warmup_steps has no effect with --lr_scheduler constant: use constant_with_warmup")
     if run.train_sp_batch_size != 1 and run.sp_size == 1:
         notices.append("--train_sp_batch_size has no effect with --sp_size 1; --train_batch_size counts")
     if run.resume_from_checkpoint and config.model.pretrained:
@@ -63,8 +85,9 @@ def check_sizes(data: DataConfig) -> list[str]:
     if data.max_hxw is not None:
         if data.min_hxw is not None and data.min_hxw > data.max_hxw:
             raise UserError(f"--min_hxw {data.min_hxw} is greater than --max_hxw {data.max_hxw}")
-        if data.max_height is not None:
-            notices.append("--max_height and --max_width have no effect with --max_hxw")
+        for name in ("max_height", "max_width", "min_height", "min_width"):
+            if getattr(data, name) is not None:
+                notices.append(f"--{name} has no effect with --max_hxw")
         return notices
     if data.min_height is not None:
         for side in ("height", "width"):
@@ -81,14 +104,37 @@ def check_sample(config: SampleConfig) -> list[str]:
     for name in ("model_path", "ae_path", "text_encoder_name_1"):
         if not getattr(config, name):
             raise UserError(f"--{name} is missing: name a folder, or use --preset tiny")
-    check_frames("--num_frames", config.num_frames)
-    step = PIXEL_STEP if config.ae == "tiny" else RELEASED_PIXEL_STEP
-    check_multiple("--height", config.height, step)
-    check_multiple("--width", config.width, step)
+    if config.num_frames is not None:
+        check_frames("--num_frames", config.num_frames)
+    for flag, size in (("--height", config.height), ("--width", config.width)):
+        if size is not None:  # what the checkpoint was trained on may ask for more: see `with_recipe`
+            check_multiple(flag, size, PIXEL_STEP)
     flow = config.sample_method == "FlowMatchEulerDiscrete"
     if flow and (config.prediction_type or config.rescale_betas_zero_snr):
         return ["--prediction_type and --rescale_betas_zero_snr have no effect with FlowMatchEulerDiscrete"]
     return []
+
+
+def with_recipe(config: SampleConfig, recipe: Recipe | None) -> SampleConfig:
+    """The configuration with its open sizes and frame rate filled in: as trained, else as the released models were.
+
+    Raises `UserError` for a height or width that is not a multiple of what the model was trained on.
+    """
+    trained = re.fullmatch(r"(\d+)x(\d+)", recipe.size) if recipe else None
+    height, width = (int(trained[1]), int(trained[2])) if trained else (480, 640)
+    defaults = dict(
+        num_frames=recipe.num_frames if recipe else 93,
+        height=height,
+        width=width,
+        fps=recipe.train_fps if recipe else 24.0,
+    )
+    filled = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **filled)
+    released = PIXEL_STEP if config.ae == "tiny" else RELEASED_PIXEL_STEP
+    step = recipe.hw_stride if recipe else released
+    check_multiple("--height", config.height, step, "the checkpoint's stride")
+    check_multiple("--width", config.width, step, "the checkpoint's stride")
+    return config
 
 
 def check_frames(flag: str, frames: int) -> None:

@@ -119,11 +119,11 @@ def _fill(group: type[ConfigT], space: argparse.Namespace) -> ConfigT:
 
 def _add_flags(parser: Any, group: type) -> None:
     for field in dataclasses.fields(group):
-        kind, optional = _plain_type(field.type)
+        kind = _plain_type(field.type)
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         options: dict[str, Any] = dict(default=default, help=_help(field.metadata, default))
         if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction if optional else "store_true"
+            options["action"] = argparse.BooleanOptionalAction  # --no-FLAG takes back what a preset sets
         else:
             options["type"] = _converter(kind, field.metadata)
             options["metavar"] = "|".join(field.metadata["choices"]) or kind.__name__.upper()
@@ -132,14 +132,11 @@ def _add_flags(parser: Any, group: type) -> None:
         parser.add_argument(f"--{field.name}", **options)
 
 
-def _plain_type(annotation: Any) -> tuple[type, bool]:
-    """`int | None` -> (int, True); `list[str]` -> (str, False); `bool` -> (bool, False)."""
-    if typing.get_origin(annotation) is types.UnionType:
-        kind = next(part for part in typing.get_args(annotation) if part is not types.NoneType)
-        return kind, True
-    if typing.get_origin(annotation) is list:
-        return typing.get_args(annotation)[0], False
-    return annotation, False
+def _plain_type(annotation: Any) -> type:
+    """`int | None` -> int; `list[str]` -> str; `bool` -> bool."""
+    if typing.get_origin(annotation) in (types.UnionType, list):
+        return next(part for part in typing.get_args(annotation) if part is not types.NoneType)
+    return annotation
 
 
 def _help(metadata: Any, default: Any) -> str:

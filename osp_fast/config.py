@@ -26,6 +26,8 @@ SAMPLE_METHODS = (
     "FlowMatchEulerDiscrete",
 )
 DIT_NAMES = ("OpenSoraT2V_v1_3-2B/122", "tiny")
+MAX_TOKENS = 8192  # of text
+MAX_SIDE = 16_384  # pixels; more is a slip of the keyboard
 VAE_NAMES = ("WFVAEModel_D8_4x8x8", "tiny")
 
 
@@ -53,17 +55,17 @@ class DataConfig:
 
     dataset: str = flag("t2v", "kind of data set", choices=("t2v",))
     data: str | None = flag(None, "data.txt: one line DATA_ROOT,ANNOTATION (.json or .pkl) for each part of the data")
-    num_frames: int = flag(93, "longest clip, in frames, 4n+1 (1 = images)", at_least=1)
+    num_frames: int = flag(93, "longest clip, in frames, 4n+1 (1 = images)", at_least=1, at_most=100_001)
     train_fps: float = flag(24.0, "frame rate that clips are resampled to, frames per second", above=0)
     sample_rate: int = flag(1, "kept for upstream's scripts; only 1: --train_fps sets the frame step", at_least=1)
     speed_factor: float = flag(1.0, "play long clips up to this many times faster", at_least=1)
     drop_short_ratio: float = flag(
         1.0, "probability that a clip shorter than --num_frames is dropped", at_least=0, at_most=1
     )
-    max_height: int | None = flag(None, "greatest height, pixels", at_least=1)
-    max_width: int | None = flag(None, "greatest width, pixels", at_least=1)
-    min_height: int | None = flag(None, "least height, pixels (with --max_height)", at_least=1)
-    min_width: int | None = flag(None, "least width, pixels (with --max_width)", at_least=1)
+    max_height: int | None = flag(None, "greatest height, pixels", at_least=1, at_most=MAX_SIDE)
+    max_width: int | None = flag(None, "greatest width, pixels", at_least=1, at_most=MAX_SIDE)
+    min_height: int | None = flag(None, "least height, pixels (with --max_height)", at_least=1, at_most=MAX_SIDE)
+    min_width: int | None = flag(None, "least width, pixels (with --max_width)", at_least=1, at_most=MAX_SIDE)
     max_hxw: int | None = flag(None, "greatest area, pixels; wins over --max_height and --max_width", at_least=1)
     min_hxw: int | None = flag(None, "least area, pixels; a quarter of --max_hxw if absent", at_least=1)
     force_resolution: bool = flag(False, "crop and resize every clip to exactly --max_height x --max_width")
@@ -72,7 +74,7 @@ class DataConfig:
     min_bucket_size: int = flag(1, "drop buckets with fewer clips than this", at_least=1)
     sp_frame_multiple: int = flag(1, "latent frames are a multiple of this (upstream's rule for its sp)", at_least=1)
     dataloader_num_workers: int = flag(4, "clips decoded at once, each in a process of its own", at_least=1)
-    decode_timeout: float = flag(60.0, "seconds that the decoding of one clip may take", above=0)
+    decode_timeout: float = flag(60.0, "seconds that the decoding of one clip may take", above=0, at_most=86_400)
     max_bad_samples: int = flag(100, "stop training when more files than this are broken", at_least=0)
 
 
@@ -84,7 +86,7 @@ class ModelConfig:
     pretrained: str | None = flag(None, "folder of DiT weights to start from (strict on names and shapes)")
     text_encoder_name_1: str | None = flag(None, "transformers folder of the mT5/T5 encoder with its tokenizer")
     cache_dir: str | None = flag(None, "where relative model names are also looked for; nothing is downloaded")
-    model_max_length: int = flag(512, "text tokens", at_least=1)
+    model_max_length: int = flag(512, "text tokens", at_least=1, at_most=MAX_TOKENS)
     ae: str = flag(VAE_NAMES[0], "the VAE's architecture", choices=VAE_NAMES)
     ae_path: str | None = flag(None, "folder of the VAE's weights")
     enable_tiling: bool = flag(False, "encode and decode in temporal chunks: the same result in less memory")
@@ -182,13 +184,20 @@ class SampleConfig:
     ae_path: str | None = flag(None, "folder of the VAE's weights")
     text_prompt: list[str] = flag((), "prompts, or one .txt file with a prompt per line", many=True)
     negative_prompt: str | None = flag(None, "replaces the built-in negative prompt")
-    num_frames: int = flag(93, "frames, 4n+1 (1 = an image)", at_least=1)
-    height: int = flag(480, "pixels", at_least=1)
-    width: int = flag(640, "pixels", at_least=1)
-    fps: int = flag(24, "frames per second of the written video", at_least=1)
+    num_frames: int | None = flag(
+        None, "frames, 4n+1, 1 = an image (default: the checkpoint's recipe, else 93)", at_least=1, at_most=100_001
+    )
+    height: int | None = flag(None, "pixels (default: the checkpoint's recipe, else 480)", at_least=1, at_most=MAX_SIDE)
+    width: int | None = flag(None, "pixels (default: the checkpoint's recipe, else 640)", at_least=1, at_most=MAX_SIDE)
+    fps: float | None = flag(
+        None,
+        "frames per second of the written video (default: the checkpoint's recipe, else 24)",
+        above=0,
+        at_most=1000,
+    )
     guidance_scale: float = flag(7.5, "classifier-free guidance; 1 turns it off", at_least=1)
     num_sampling_steps: int = flag(100, "denoising steps", at_least=1)
-    max_sequence_length: int = flag(512, "text tokens", at_least=1)
+    max_sequence_length: int = flag(512, "text tokens", at_least=1, at_most=MAX_TOKENS)
     sample_method: str = flag("EulerAncestralDiscrete", "scheduler", choices=SAMPLE_METHODS)
     prediction_type: str | None = flag(
         None, "what the model predicts (default: the checkpoint's recipe, else epsilon)", choices=PREDICTION_TYPES
@@ -248,10 +257,6 @@ SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
         max_sequence_length=16,
         ae="tiny",
         ae_path=f"{TINY_FOLDER}/vae",
-        num_frames=17,
-        height=64,
-        width=64,
-        fps=12,
         num_sampling_steps=20,
         guidance_scale=2.5,
         negative_prompt="",  # what the model has seen in place of dropped captions

@@ -16,6 +16,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name!r} is not a device: use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cpu" and device.index is not None:
+        raise UserError(f"--device {name}: there is one cpu, without a number")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: only cpu and NVIDIA GPUs (cuda) are supported")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

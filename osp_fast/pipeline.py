@@ -126,6 +126,11 @@ class VideoPipeline:
                 f"{text_encoder_folder} gives states of {text_encoder.width} channels, but the DiT of {dit_folder} "
                 f"takes {dit.config.caption_channels}: name the text encoder that it was trained with"
             )
+        if dit.config.out_channels != dit.config.in_channels:
+            raise UserError(
+                f"{dit_folder}/config.json: out_channels is {dit.config.out_channels} and in_channels "
+                f"{dit.config.in_channels}, but sampling needs as many out as in: name another model"
+            )
         if vae.config.latent_dim != dit.config.in_channels:
             raise UserError(
                 f"{vae_folder} has {vae.config.latent_dim} latent channels, but the DiT of {dit_folder} takes "
@@ -216,6 +221,8 @@ class VideoPipeline:
         with self._in_use(self.vae):
             raw = self.vae.denormalize(latents).to(next(self.vae.parameters()).dtype)
             video = self.vae.decode(raw, tiles)[0]
+        if not torch.isfinite(video).all():
+            raise UserError("the VAE's frames are not finite numbers: check --ae_path, or use --dtype fp32")
         pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return pixels.permute(1, 2, 3, 0).cpu().numpy()
 

@@ -5,6 +5,9 @@ that holds all that made it; more than one sample also give a grid.
 """
 
 import math
+import os
+import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +17,7 @@ import numpy as np
 import torch
 
 from osp_fast import __version__
+from osp_fast.checks import with_recipe
 from osp_fast.cli import parse_sample
 from osp_fast.config import SAMPLE_PRESETS, SampleConfig, as_dict
 from osp_fast.data.captions import clean_caption
@@ -46,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     vae_folder = find_folder(config.ae_path, config.cache_dir)
     text_encoder_folder = find_folder(config.text_encoder_name_1, config.cache_dir)
     recipe = read_recipe(dit_folder)
+    config = with_recipe(config, recipe)
     parametrization = resolve_parametrization(
         recipe, config.sample_method, config.prediction_type, config.rescale_betas_zero_snr
     )
@@ -74,8 +79,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_memory=config.save_memory,
     )
     if config.compile:
+        check_compiler(device)
         pipeline.compile_blocks()
-    run(config, pipeline, prompts, calls, settings, output)
+    try:
+        run(config, pipeline, prompts, calls, settings, output)
+    except RuntimeError as error:
+        # CUDA has a class for it, the CPU's allocator only words.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"{config.num_frames}x{config.height}x{config.width} does not fit into the memory of {device}: use "
+            "--enable_tiling, --save_memory or a smaller size"
+        ) from error
 
 
 def run(
@@ -163,7 +178,7 @@ def read_prompts(arguments: Sequence[str]) -> list[str]:
 
     Raises `UserError` for a file that is missing, empty or not UTF-8 text, and for an empty prompt.
     """
-    files = [argument for argument in arguments if argument.endswith(".txt")]
+    files = [argument for argument in arguments if argument.lower().endswith(".txt") and _names_a_file(argument)]
     if not files:
         prompts = [argument.strip() for argument in arguments]
         if not all(prompts):
@@ -184,10 +199,22 @@ def read_prompts(arguments: Sequence[str]) -> list[str]:
         ) from None
     if "\0" in text:
         raise UserError(f"--text_prompt {path} is a binary file: save it as plain text, a prompt per line")
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in re.split(r"\r?\n|\r", text) if line.strip()]
     if not prompts:
         raise UserError(f"--text_prompt {path} holds no prompt: write one per line")
     return prompts
+
+
+def _names_a_file(argument: str) -> bool:
+    """Whether an argument that ends in .txt is meant as a file: it is one, or has no words."""
+    return Path(argument).is_file() or not any(character.isspace() for character in argument)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise `UserError` if torch.compile has no C++ compiler for the CPU."""
+    names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+    if device.type == "cpu" and not any(shutil.which(name) for name in names):
+        raise UserError("--compile needs a C++ compiler on a CPU: install g++, or leave the flag out")
 
 
 def clean_prompts(prompts: Sequence[str], clean: Callable[[str], str]) -> list[str]:

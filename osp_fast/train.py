@@ -67,6 +67,7 @@ def train(config: TrainConfig) -> int:
     text_encoder = build_text_encoder(config.model, dit, device)
     size = sum(parameter.numel() for parameter in dit.parameters()) / 1e6
     say(f"{size:.1f} M parameters on {device}, {kernels} kernels, {total_steps} steps")
+    stop = StopSignals()
     trainer = Trainer(config, ClipLoss(dit, vae, text_encoder, config, device), state, checkpoint, total_steps)
     loader = ClipLoader(
         plan,
@@ -78,12 +79,13 @@ def train(config: TrainConfig) -> int:
         rejects=RejectLog(output_dir / "rejects.jsonl", config.data.max_bad_samples),
         epoch=state.epoch,
         first_batch=state.batch,
+        stopped=lambda: stop.received is not None,
     )
     continued = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
     metrics = MetricsLog(run, resumed_step=state.step if continued else 0)
     progress = Progress(total_steps, first=state.step)
     try:
-        with StopSignals() as stop:
+        with stop:
             last = trainer.run(loader, metrics, progress, stop)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -129,8 +131,10 @@ def sample_command(config: TrainConfig, plan: Plan, checkpoint: Path) -> str:
         words += ["--max_sequence_length", str(config.model.model_max_length)]
         if config.model.cache_dir is not None:
             words += ["--cache_dir", config.model.cache_dir]
-        if config.diffusion.rf_scheduler:
-            words += ["--sample_method", "FlowMatchEulerDiscrete"]
+    if config.diffusion.rf_scheduler:
+        words += ["--sample_method", "FlowMatchEulerDiscrete"]
+    elif config.diffusion.prediction_type == "sample":
+        words += ["--sample_method", "DDIM"]
     words += ["--num_frames", str(bucket.frames), "--height", str(bucket.height), "--width", str(bucket.width)]
     return shlex.join([*words, "--text_prompt", caption])
 

@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from osp_fast.checks import with_recipe
 from osp_fast.cli import parse_sample, parse_train
+from osp_fast.config import Recipe
 from osp_fast.errors import UserError
 
 TRAIN_FLAGS = """
@@ -77,7 +80,7 @@ def test_preset_sets_defaults_and_flags_win():
     config, _ = parse_train(["--preset", "tiny", "--learning_rate", "0.5"])
     assert config.model.model == "tiny" and config.data.num_frames == 17 and config.optimizer.learning_rate == 0.5
     sample = parse_sample(["--preset", "tiny", "--text_prompt", "a", "b", "--height", "96"])
-    assert sample.height == 96 and sample.width == 64 and sample.text_prompt == ["a", "b"]
+    assert sample.height == 96 and sample.ae == "tiny" and sample.text_prompt == ["a", "b"]
 
 
 def test_parsers_do_not_share_state():
@@ -136,7 +139,8 @@ def test_impossible_training_values(flags, words):
         (["--text_prompt", "a"], "--model_path is missing"),
         (["--preset", "tiny", "--text_prompt", "a", "--num_frames", "16"], "use 13 or 17"),
         (["--preset", "tiny", "--text_prompt", "a", "--height", "100"], "use 96 or 112"),
-        ([*SAMPLE_FLAGS, "--height", "720"], "--height 720 is not a multiple of 32"),
+        ([*SAMPLE_FLAGS, "--height", "360"], "--height 360 is not a multiple of 16"),
+        ([*SAMPLE_FLAGS, "--max_sequence_length", "100000000000"], "at most 8192"),
         (["--preset", "tiny", "--text_prompt", "a", "--sample_method", "Magic"], "choose from DDIM"),
         (["--preset", "huge"], "'huge'"),
     ],
@@ -145,6 +149,36 @@ def test_impossible_sampling_values(flags, words):
     with pytest.raises(UserError) as caught:
         parse_sample(flags)
     assert words in str(caught.value)
+
+
+def test_sizes_and_rate_follow_the_recipe():
+    recipe = Recipe("v_prediction", True, False, 16.0, 29, "48x64", 16)
+    config = parse_sample(["--preset", "tiny", "--text_prompt", "a", "--height", "80"])
+    assert (config.num_frames, config.width, config.fps) == (None, None, None)
+    filled = with_recipe(config, recipe)
+    assert (filled.num_frames, filled.height, filled.width, filled.fps) == (29, 80, 64, 16.0)
+    with pytest.raises(UserError, match="--height 80 is not a multiple of 32"):
+        with_recipe(config, replace(recipe, hw_stride=32))
+    released = parse_sample(SAMPLE_FLAGS[:2] + SAMPLE_FLAGS[10:])
+    filled = with_recipe(released, None)
+    assert (filled.num_frames, filled.height, filled.width) == (93, 480, 640)
+    with pytest.raises(UserError, match="--height 720 is not a multiple of 32"):
+        with_recipe(replace(released, height=720), None)
+
+
+def test_a_flag_takes_back_what_a_preset_sets():
+    config, _ = parse_train(["--preset", "tiny", "--no-force_resolution", "--no-use_ema", "--max_hxw", "4096"])
+    assert not config.data.force_resolution and not config.run.use_ema and config.data.group_data
+
+
+def test_flags_without_effect_are_named(capsys):
+    ignored = (
+        "--max_hxw 4096 --min_height 320 --min_width 320 --offload_ema --weighting_scheme mode --lr_warmup_steps 7"
+    )
+    parse_train(["--data", "data.txt", *ignored.split()])
+    printed = capsys.readouterr().err
+    for flag in ("min_height", "min_width", "offload_ema", "weighting_scheme", "lr_warmup_steps"):
+        assert f"note: --{flag} has no effect" in printed
 
 
 @pytest.mark.parametrize("module", ["train", "sample", "inspect"])

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from osp_fast.config import Recipe
+from osp_fast.data.decode import read_video
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT, DiTConfig
+from osp_fast.models.wfvae import WFVAE
 from osp_fast.pipeline import NEGATIVE_PROMPT
 from osp_fast.sample import main, read_prompts, smaller
 
@@ -254,9 +256,38 @@ def test_networks_that_do_not_fit_are_refused(flags, tmp_path):
     DiT.create(replace(CONFIG, caption_channels=24), seed=0).save_pretrained(tmp_path / "wide")
     with pytest.raises(UserError, match=r"16 channels.* takes 24"):
         run(flags, model_path=tmp_path / "wide")
-    DiT.create(replace(CONFIG, in_channels=4), seed=0).save_pretrained(tmp_path / "narrow")
+    DiT.create(replace(CONFIG, in_channels=4, out_channels=4), seed=0).save_pretrained(tmp_path / "narrow")
     with pytest.raises(UserError, match=r"8 latent channels.* takes 4"):
         run(flags, model_path=tmp_path / "narrow")
+    DiT.create(replace(CONFIG, out_channels=16), seed=0).save_pretrained(tmp_path / "double")
+    with pytest.raises(UserError, match="out_channels is 16 and in_channels 8"):
+        run(flags, model_path=tmp_path / "double")
+
+
+def test_frames_that_are_no_numbers_are_not_written(flags, tmp_path):
+    vae = WFVAE.from_pretrained(VAE_FOLDER)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.fill_(float("nan"))
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match="frames are not finite numbers: check --ae_path"):
+        run(flags, ae_path=tmp_path / "vae")
+    assert not list((tmp_path / "out").glob("*.mp4"))
+
+
+def test_sizes_and_rate_come_from_the_recipe(flags, models, tmp_path):
+    DiT.create(CONFIG, seed=0).save_pretrained(tmp_path / "model", replace(RECIPE, train_fps=8.0))
+    folder = run(flags, model_path=tmp_path / "model", num_frames=None, height=None, width=None)
+    sidecar = json.loads(next(folder.glob("*.json")).read_text())
+    assert [sidecar[name] for name in ("num_frames", "height", "width", "fps")] == [9, 32, 32, 8.0]
+    assert read_video(next(folder.glob("*.mp4"))).shape == (9, 32, 32, 3)
+
+
+def test_prompt_files_are_told_from_prompts(tmp_path):
+    (tmp_path / "P.TXT").write_bytes("a blue square\u2028moves\r\n\r\na cat\n".encode())
+    assert read_prompts([str(tmp_path / "P.TXT")]) == ["a blue square\u2028moves", "a cat"]
+    assert read_prompts(["a hand writes notes.txt"]) == ["a hand writes notes.txt"]
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts(["missing.txt"])
 
 
 def test_compile_reaches_every_block(flags, monkeypatch):

@@ -21,7 +21,7 @@ from osp_fast.assets.shapes import generate_shapes
 from osp_fast.config import TINY_FOLDER
 from osp_fast.data.annotations import Entry, read_entries
 from osp_fast.data.decode import read_video
-from osp_fast.errors import run_entry_point
+from osp_fast.errors import UserError, run_entry_point
 from osp_fast.models.dit import DIT_CONFIGS
 from osp_fast.seeding import stable_seed
 
@@ -47,10 +47,15 @@ def _complete_or_absent(target: Path, make: Callable[[Path], None]) -> None:
     if target.exists():
         return
     print(f"making {target}", file=sys.stderr, flush=True)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    make(unfinished)
-    os.rename(unfinished, target)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        make(unfinished)
+        if not target.exists():  # another process may have been faster
+            os.rename(unfinished, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}): use a folder that can") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _entries(data: Path) -> list[Entry]:

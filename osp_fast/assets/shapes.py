@@ -133,12 +133,29 @@ def generate_shapes(
     folder = Path(folder)
     arguments = dict(clips=clips, images=images, size=size, frames=frames, seed=seed, version=1)
     mark = folder / "generated.json"
-    if mark.exists() and json.loads(mark.read_text()) == arguments:
+
+    def finished() -> bool:
+        return mark.exists() and mark.read_text() == json.dumps(arguments)
+
+    if finished():
         return
     if folder.exists() and not mark.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not a generated data set: name another folder, or remove it")
-    unfinished = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        _write_data_set(unfinished, clips, images, size, frames, seed)
+        (unfinished / mark.name).write_text(json.dumps(arguments))
+        if not finished():  # another process may have been faster
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(unfinished, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): use a folder that can") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_data_set(unfinished: Path, clips: int, images: int, size: int, frames: int, seed: int) -> None:
+    """Everything but the mark that the folder is finished."""
     for kind in ("clips", "images"):
         (unfinished / DATA_ROOT / kind).mkdir(parents=True)
     scenes = [Scene.draw(number, seed) for number in range(max(clips, images))]
@@ -150,9 +167,6 @@ def generate_shapes(
     (unfinished / "images.json").write_text(json.dumps(pictures, indent=1))
     annotations = ("videos.json", "more_videos.pkl", "images.json")
     (unfinished / "data.txt").write_text("".join(f"{DATA_ROOT},{name}\n" for name in annotations))
-    (unfinished / mark.name).write_text(json.dumps(arguments))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(unfinished, folder)
 
 
 def _write_clip(folder: Path, number: int, scene: Scene, frames: int, size: int, total: int) -> dict:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,6 +31,7 @@ from osp_fast.seeding import python_random
 PREFETCH = 2  # clips per worker that are decoded ahead
 DECODER_THREADS = 16  # at most, for one clip
 CLOSE_TIMEOUT_S = 10.0
+STOP_POLL_S = 0.2
 NAMED = 3  # files named in an error
 
 
@@ -63,9 +64,10 @@ class StepBatch:
 class ClipLoader:
     """Iterates over epochs without end, from batch `first_batch` of `epoch` on, yielding this rank's `StepBatch`es.
 
-    A clip that cannot be decoded is replaced by another of its bucket, the same one whenever it happens, and noted in
-    `rejects`. Iterating raises UserError when too many files are broken or a bucket has no sound one. Call `close` (or
-    use the loader as a context manager) to end threads and decoder processes.
+    A clip that cannot be decoded is replaced by another of its bucket (of another bucket if its own has no sound one),
+    the same one whenever it happens, and noted in `rejects`. Iterating raises UserError when too many files are broken
+    or none is sound; it ends when `stopped` turns true, also while it waits for a clip. Call `close` (or use the loader
+    as a context manager) to end threads and decoder processes.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class ClipLoader:
         world_size: int = 1,
         epoch: int = 0,
         first_batch: int = 0,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         if not plan.clips:
             raise ValueError("the plan has no clips")
@@ -94,6 +97,7 @@ class ClipLoader:
         self._rejects = rejects
         self._rank, self._world_size = rank, world_size
         self._epoch, self._first_batch = epoch, first_batch
+        self._stopped = stopped
         workers = config.dataloader_num_workers
         self._threads = max(1, min(DECODER_THREADS, usable_cores() // (workers * world_size)))
         self._broken: dict[str, str] = {}  # file -> why no clip of it can be decoded
@@ -124,7 +128,7 @@ class ClipLoader:
                     if len(filled.clips) == share:
                         yield filled
         except (CancelledError, DecodeError):
-            return  # another thread closed the loader
+            return  # stopped, or closed by another thread
         finally:
             crew.close()
 
@@ -146,16 +150,18 @@ class ClipLoader:
                     yield batch, slot, batches[index][slot]
             epoch, first = epoch + 1, 0
 
-    @staticmethod
-    def _collect(batch: StepBatch, clip: "Future[LoadedClip]") -> StepBatch:
+    def _collect(self, batch: StepBatch, clip: "Future[LoadedClip]") -> StepBatch:
         start = time.monotonic()
+        while not clip.done() and not self._stopped():
+            wait([clip], timeout=STOP_POLL_S)
+        if not clip.done():
+            raise CancelledError
         batch.clips.append(clip.result())
         batch.wait_s += time.monotonic() - start
         return batch
 
     def _load(self, decoder: Decoder, epoch: int, slot: int, clip_index: int) -> LoadedClip:
         """Load a clip, or the first sound one of the others in its bucket. Runs in the workers."""
-        bucket = self._plan.clips[clip_index].bucket
         candidates = self._candidates(epoch, clip_index)
         index: int | None = clip_index
         while index is not None:
@@ -173,16 +179,24 @@ class ClipLoader:
                 continue
             draw = python_random("caption", self._seed, epoch, index)
             caption = training_caption(clip.entry, draw, self._drop_caption, self._chinese)
-            return LoadedClip(slot, index, clip.entry.path, bucket, pixels, caption)
-        raise UserError(self._nothing_sound(bucket))
+            return LoadedClip(slot, index, clip.entry.path, clip.bucket, pixels, caption)
+        raise UserError(self._nothing_sound())
 
     def _candidates(self, epoch: int, clip_index: int) -> Iterator[int]:
-        """The other clips of the bucket in the order in which they may take the clip's place; known bad ones not."""
-        members = self._plan.buckets[self._plan.clips[clip_index].bucket]
-        draw = python_random("substitute", self._seed, epoch, clip_index)
-        for index in draw.sample(members, len(members)):
-            if index != clip_index and self._plan.clips[index].entry.file not in self._broken:
-                yield index
+        """The clips that may take the clip's place, in order; clips of files that are known to be bad are left out.
+
+        The other clips of its bucket come first. Should none of them be sound, other buckets follow, in an order that
+        is the same for all clips of the bucket, so that a grouped batch still has one shape.
+        """
+        own = self._plan.clips[clip_index].bucket
+        others = [bucket for bucket in sorted(self._plan.buckets) if bucket != own]
+        python_random("substitute bucket", self._seed, epoch, str(own)).shuffle(others)
+        for bucket in (own, *others):
+            members = self._plan.buckets[bucket]
+            draw = python_random("substitute", self._seed, epoch, clip_index, str(bucket))
+            for index in draw.sample(members, len(members)):
+                if index != clip_index and self._plan.clips[index].entry.file not in self._broken:
+                    yield index
 
     def _pixels(self, decoder: Decoder, clip: Clip, epoch: int, clip_index: int) -> Tensor:
         """The clip's pixels (3, T, H, W) uint8; DecodeError if its file is known to be broken or turns out to be."""
@@ -202,13 +216,13 @@ class ClipLoader:
         )
         return resize_and_crop(decoder.decode(request), clip.geometry, clip.bucket)
 
-    def _nothing_sound(self, bucket: Bucket) -> str:
-        entries = [self._plan.clips[index].entry for index in self._plan.buckets[bucket]]
-        names = [f"{entry.path}: {self._broken.get(entry.file, 'unusable')}" for entry in entries[:NAMED]]
-        more = ", ..." if len(entries) > NAMED else ""
+    def _nothing_sound(self) -> str:
+        entries = [clip.entry for clip in self._plan.clips[:NAMED]]
+        names = [f"{entry.path}: {self._broken.get(entry.file, 'unusable')}" for entry in entries]
+        more = ", ..." if len(self._plan.clips) > NAMED else ""
         return (
-            f"no clip of bucket {bucket} can be decoded ({', '.join(names)}{more}): repair or remove them, or correct "
-            "DATA_ROOT in data.txt (see rejects.jsonl)"
+            f"no clip of the data set can be decoded ({', '.join(names)}{more}): repair them, or correct DATA_ROOT "
+            "in data.txt (see rejects.jsonl)"
         )
 
 

@@ -124,7 +124,8 @@ def _decode_stream(container: Any, stream: Any, request: ClipRequest, out: np.nd
         frames = _decode_packets(stream, container.demux(stream))
         missing = _write_frames(enumerate(frames), list(request.indices), request, out)
     if missing is not None:
-        raise DecodeError(f"has no frame {missing}, but the annotation says {request.num_frames} frames")
+        reason = f"has no frame {missing}, but the annotation says {request.num_frames} frames"
+        raise DecodeError(reason, whole_file=False)
     return None
 
 
@@ -169,7 +170,8 @@ def _check_count(scan: PacketScan, request: ClipRequest) -> None:
         scan.read_to_end()
     stored = max(scan.stored, scan.total)
     if scan.complete and stored < request.num_frames:
-        raise DecodeError(f"has only {stored} frames, but the annotation says {request.num_frames}")
+        reason = f"has only {stored} frames, but the annotation says {request.num_frames}"
+        raise DecodeError(reason, whole_file=False)
     if request.indices[-1] >= scan.shown_total:
         shown = f"only {scan.shown_total} of its {stored} frames are shown"
         raise DecodeError(f"frame {request.indices[-1]} is needed, but {shown}", whole_file=False)

@@ -21,7 +21,7 @@ def resize_and_crop(frames: np.ndarray, geometry: Geometry, bucket: Bucket) -> T
     size = geometry.resize_h, geometry.resize_w
     top, left = centre_offset(size[0], bucket.height), centre_offset(size[1], bucket.width)
     pixels = torch.empty((3, count, bucket.height, bucket.width), dtype=torch.uint8)
-    step = max(1, SLICE_BYTES // (height * width * 3 * 4))
+    step = max(1, SLICE_BYTES // (max(height * width, size[0] * size[1]) * 3 * 4))
     for first in range(0, count, step):
         part = torch.from_numpy(frames[first : first + step]).permute(0, 3, 1, 2)
         if (height, width) != size:

@@ -114,6 +114,7 @@ class Decoder:
             stdout=subprocess.PIPE,
             stderr=self._errors_fd,
             pass_fds=[self._memory_fd],
+            start_new_session=True,  # Ctrl-C is this process's to handle, also while the child starts
             env={**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(paths)},
         )
 

@@ -24,6 +24,7 @@ from osp_fast.seeding import torch_generator
 FIRST_DENSE, LAST_DENSE = 1, 30
 HEAD_NORM_EPS = 1e-6
 TIME_CHANNELS = 256
+MAX_LAYERS = 1000
 # Our parts of a block -> checkpoint names; a tuple is split evenly along the output features.
 CHECKPOINT_NAMES = {
     "self_attention.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
@@ -61,6 +62,8 @@ class DiTConfig:
     sample_size_w: Any = None
 
     def __post_init__(self) -> None:
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers {self.num_layers} is more than {MAX_LAYERS}: correct the file")
         if self.attention_head_dim % 6:
             raise ValueError(f"attention_head_dim {self.attention_head_dim} is not a multiple of 6, as 3D RoPE needs")
         if self.cross_attention_dim not in (None, self.width):

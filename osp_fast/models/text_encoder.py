@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,12 @@ class TextEncoder(nn.Module):
         encoder_class = getattr(transformers, ENCODER_CLASSES[model_type])
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # as below: no common base, each means a broken or missing file
             raise UserError(
                 f"{folder}: the tokenizer cannot be loaded ({_first_line(error)}): copy its files"
             ) from None
         try:
-            with _without_progress_bars():
+            with _quiet_loading():
                 encoder, info = encoder_class.from_pretrained(
                     folder, dtype=dtype, local_files_only=True, output_loading_info=True
                 )
@@ -67,6 +67,8 @@ class TextEncoder(nn.Module):
             raise UserError(
                 f"{folder}: the weights cannot be loaded ({_first_line(error)}): copy them again"
             ) from error
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"{folder}: tokenizer_config.json names no pad_token: copy the tokenizer's files again")
         # The encoder's embedding may stand in the file under the name that it shares with the decoder's.
         missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})
         if missing or info["mismatched_keys"]:
@@ -97,8 +99,9 @@ def find_folder(name: str | Path, cache_dir: str | Path | None = None) -> Path:
         snapshots = Path(cache_dir) / f"models--{str(name).replace('/', '--')}" / "snapshots"
         places += sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
     for place in places:
-        if (place / "config.json").is_file():
-            return place
+        with suppress(OSError):  # such as a name that is too long for a file
+            if (place / "config.json").is_file():
+                return place
     looked = " or ".join(str(place) for place in places)
     raise UserError(f"no model folder (config.json) at {looked}: download the model by hand and name its folder")
 
@@ -115,15 +118,17 @@ def _model_type(folder: Path) -> str:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing its own bars into the log."""
+def _quiet_loading() -> Iterator[None]:
+    """Keep transformers' bars, and its report on the decoder's weights that an encoder leaves out, from the log."""
     from transformers.utils import logging
 
-    enabled = logging.is_progress_bar_enabled()
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if enabled:
             logging.enable_progress_bar()
 

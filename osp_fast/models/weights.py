@@ -80,6 +80,10 @@ class PretrainedModel(nn.Module):
         missing = [name for name, f in fields.items() if name not in values and f.default is dataclasses.MISSING]
         if missing:
             raise UserError(f"{path}: {missing[0]} is missing; add it as it was when the weights were trained")
+        for name, field in fields.items():
+            if name in values and not _fits(values[name], field.type):
+                kind = getattr(field.type, "__name__", field.type)
+                raise UserError(f"{path}: {name} is {values[name]!r}, not a valid {kind}; restore the file")
         try:
             return cls.config_class(**{name: values[name] for name in fields if name in values})
         except (TypeError, ValueError) as error:
@@ -98,13 +102,23 @@ class PretrainedModel(nn.Module):
         write_tensors(folder, self.to_checkpoint(self.state_dict() if state is None else state))
 
 
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of config.json can be a field of type `kind`: numbers are positive and of a sensible size."""
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind in (int, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 10**6
+        return number and (kind is float or value == int(value))
+    return not isinstance(value, str) if kind is not str else isinstance(value, str)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises `UserError` if it is missing or broken."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: name a model folder with config.json and {WEIGHTS}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): restore the file") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} does not hold a JSON object: restore the file")
@@ -165,6 +179,8 @@ def check_tensors(folder: Path, found: Mapping[str, Tensor], expected: Mapping[s
             first = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
             raise UserError(f"{folder}: {len(names)} tensors that the file {words}: {first}; is it another model's?")
     for name, tensor in expected.items():
+        if not found[name].is_floating_point():
+            raise UserError(f"{folder}: {name} holds {found[name].dtype}, not floating point numbers; is it quantised?")
         if found[name].shape != tensor.shape:
             raise UserError(
                 f"{folder}: {name} has shape {tuple(found[name].shape)}, the model of its config.json "
@@ -193,6 +209,10 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int 
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, folder / name, metadata={"format": "pt"})
         sync(folder / name)
+    # What an earlier save in another number of shards has left would be read instead of, or beside, the new files.
+    for stale in folder.glob(WEIGHTS.replace(".safetensors", "*.safetensors*")):
+        if stale.name not in names and not (stale.name == INDEX and len(names) > 1):
+            stale.unlink()
     sync(folder)
 
 

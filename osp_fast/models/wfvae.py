@@ -4,7 +4,8 @@ Shapes: video (B, 3, T, H, W) with T = 4m + 1 and H, W multiples of 8; latents (
 Source: "WF-VAE" (Li et al., 2024). Networks are in `wfvae_encoder.py` and `wfvae_decoder.py`.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
@@ -44,6 +45,8 @@ class WFVAEConfig:
         for name in ("scale", "shift"):
             values = tuple(float(value) for value in getattr(self, name))
             object.__setattr__(self, name, values)
+            if not all(math.isfinite(value) for value in values) or (name == "scale" and 0.0 in values):
+                raise ValueError(f"{name} {values} must be finite, and not zero for scale")
             if len(values) != self.latent_dim:
                 raise ValueError(f"{name} has {len(values)} values, latent_dim is {self.latent_dim}")
         if self.t_interpolation not in ("trilinear", "nearest"):
@@ -79,7 +82,7 @@ class WFVAE(PretrainedModel):
     """The autoencoder; load with `WFVAE.from_pretrained`.
 
     `tiles` = (t, h, w) in latent cells bounds the memory of encode and decode: t latent frames at once, with the same
-    result as the whole clip. This version does not tile rows or columns: h and w are None.
+    result as the whole clip. This version does not tile rows or columns: h and w are None, or not less than the clip's.
     """
 
     class_name = "WFVAEModel"
@@ -110,7 +113,7 @@ class WFVAE(PretrainedModel):
             raise ValueError(
                 f"a video of (T, H, W) = {(frames, height, width)}: T must be 4n+1, H and W multiples of 8"
             )
-        step = _chunk_frames(tiles, frames) * TIME_STRIDE
+        step = _chunk_frames(tiles, (frames, height // SPACE_STRIDE, width // SPACE_STRIDE)) * TIME_STRIDE
         starts = [0, *range(step - TIME_STRIDE + 1, frames, step), frames]
         state = ChunkState() if len(starts) > 2 else None
         parts = []
@@ -124,7 +127,7 @@ class WFVAE(PretrainedModel):
     def decode(self, latents: Tensor, tiles: Tiles | None = None) -> Tensor:
         """Raw latents (B, latent_dim, m+1, h, w) -> video (B, 3, 4m+1, 8h, 8w), in about [-1, 1]."""
         frames = latents.shape[2]
-        step = _chunk_frames(tiles, frames)
+        step = _chunk_frames(tiles, latents.shape[2:])
         starts = [*range(0, frames, step), frames]
         state = ChunkState() if len(starts) > 2 else None
         parts = []
@@ -150,8 +153,8 @@ class WFVAE(PretrainedModel):
 
     def to_checkpoint(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters plus the wavelet filters, which checkpoints store and this model computes."""
-        device = next(iter(state.values())).device
-        return {**state, **{name: value.to(device) for name, value in wavelet_filters().items()}}
+        like = next(iter(state.values()))
+        return {**state, **{name: value.to(like) for name, value in wavelet_filters().items()}}
 
     def from_checkpoint(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters only. Raises `UserError` if the stored wavelets are not the Haar wavelets."""
@@ -163,13 +166,13 @@ class WFVAE(PretrainedModel):
         return {name: tensor for name, tensor in tensors.items() if name not in filters}
 
 
-def _chunk_frames(tiles: Tiles | None, frames: int) -> int:
-    """Latent frames per chunk."""
+def _chunk_frames(tiles: Tiles | None, size: Sequence[int]) -> int:
+    """Latent frames per chunk of a clip of `size` = (frames, latent rows, latent columns)."""
     if tiles is None:
-        return max(frames, 1)
-    if tiles[0] < 1:
-        raise ValueError(f"tiles {tiles}: at least one latent frame is needed")
-    if tiles[1] is not None or tiles[2] is not None:
+        return size[0]
+    if len(tiles) != 3 or not isinstance(tiles[0], int) or tiles[0] < 1:
+        raise ValueError(f"tiles {tiles} must be (t, h, w) in latent cells, t at least 1")
+    if any(tile is not None and tile < length for tile, length in zip(tiles[1:], size[1:], strict=True)):
         raise ValueError(f"tiles {tiles}: this version tiles time only, use ({tiles[0]}, None, None)")
     return tiles[0]
 

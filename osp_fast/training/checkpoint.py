@@ -46,11 +46,11 @@ def find_checkpoint(wanted: str, output_dir: Path, notify: Callable[[str], None]
 
     Args:
         wanted: a folder, absolute, relative, or inside `output_dir`; or "latest": the complete checkpoint with the
-            greatest step in `output_dir`, None if there is none.
+            greatest step in `output_dir`, None if there is no checkpoint at all.
         notify: gets one sentence for each incomplete checkpoint that "latest" passes over, and for a start from anew.
 
     Raises:
-        UserError: the named folder does not exist.
+        UserError: the named folder does not exist, or none of the checkpoints that are there can be read.
     """
     if wanted != LATEST:
         for folder in (Path(wanted), output_dir / wanted):
@@ -58,13 +58,17 @@ def find_checkpoint(wanted: str, output_dir: Path, notify: Callable[[str], None]
                 return folder
         present = ", ".join(path.name for _, path in list_checkpoints(output_dir)) or "none"
         raise UserError(f"--resume_from_checkpoint {wanted} does not exist; checkpoints in {output_dir}: {present}")
+    faults = []
     for _, folder in reversed(list_checkpoints(output_dir)):
         try:
             read_state(folder / STATE_FILE)
         except UserError as error:
+            faults.append(str(error))
             notify(f"{folder} is not complete and is passed over: {error}")
         else:
             return folder
+    if faults:  # starting anew here would in time replace weights that may be sound
+        raise UserError(f"no checkpoint in {output_dir} can be read ({faults[0]}); or choose another --output_dir")
     notify(f"--resume_from_checkpoint latest: no checkpoint in {output_dir}, training starts from the beginning")
     return None
 

@@ -110,11 +110,13 @@ class Trainer:
         while self.state.step < self.total_steps and stop.received is None:
             started = time.monotonic()
             try:
-                batch = next(batches)
+                batch = next(batches, None)
             except UserError as error:
                 if self.state.step == started_at:
                     raise
                 raise UserError(f"{error}; the steps until now are saved in {self.save()}") from error
+            if batch is None:  # stopped while waiting for data
+                break
             loss, gradient_norm, rate = self._step(batch, progress)
             interval.add(time.monotonic() - started, batch.wait_s)
             step, seconds, wait = self.state.step, interval.seconds_per_step, interval.wait_per_step
@@ -170,7 +172,8 @@ class Trainer:
         state = self.state
         state.skipped, state.skipped_in_a_row = self.guard.skipped, self.guard.in_a_row
         state.ema_updates = self.ema.updates if self.ema is not None else 0
-        limit = self.config.run.checkpoints_total_limit
+        # While gradients are not finite the weights may be ruined already: keep every older checkpoint.
+        limit = None if self.guard.in_a_row else self.config.run.checkpoints_total_limit
         self.saved = save_checkpoint(self.output_dir, state, self.dit, self.ema, self.optimizer, self.recipe, limit)
         return self.saved
 

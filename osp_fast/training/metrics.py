@@ -24,16 +24,22 @@ class MetricsLog:
         resumed_step: the step the run continues from, 0 for a new run.
 
     Raises:
-        UserError: TensorBoard is asked for without the package tensorboard.
+        UserError: TensorBoard is asked for without the package tensorboard, or a file cannot be written.
     """
 
     def __init__(self, run: RunConfig, resumed_step: int):
         self.file = Path(run.output_dir) / FILE_NAME
         self._board = None
-        if run.report_to != "none":
-            self._board = _open_tensorboard(Path(run.output_dir) / run.logging_dir, resumed_step)
-        drop_lines_after(self.file, resumed_step)
-        self._lines = self.file.open("a", encoding="utf-8")
+        try:
+            if run.report_to != "none":
+                self._board = _open_tensorboard(Path(run.output_dir) / run.logging_dir, resumed_step)
+            drop_lines_after(self.file, resumed_step)
+            self._lines = self.file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.file} cannot be written ({error.strerror}): correct --output_dir or "
+                "--logging_dir"
+            ) from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record, which has a `step`; it is in the operating system's hands when this returns.

@@ -97,15 +97,24 @@ def learning_rate_rule(config: OptimizerConfig, total_steps: int) -> Callable[[i
 
     Args:
         total_steps: optimizer steps of the whole run, where the decaying schedules end.
+
+    Raises:
+        UserError: the schedule and the learning rate do not go together.
     """
     from diffusers.optimization import get_scheduler
 
-    scheduler = get_scheduler(
-        config.lr_scheduler,
-        # The schedule is asked for its factors only; it needs an optimizer to be built on.
-        torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=config.learning_rate),
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=total_steps,
-    )
+    try:
+        scheduler = get_scheduler(
+            config.lr_scheduler,
+            # The schedule is asked for its factors only; it needs an optimizer to be built on.
+            torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=config.learning_rate),
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=total_steps,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--lr_scheduler {config.lr_scheduler} does not go with --learning_rate {config.learning_rate:g} ({error}):"
+            " raise the rate or choose another schedule"
+        ) from error
     factor = scheduler.lr_lambdas[0]
     return lambda step: config.learning_rate * factor(step)

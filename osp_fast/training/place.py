@@ -48,10 +48,12 @@ def plan_summary(plan: Plan) -> str:
 
 
 def plan_fingerprint(plan: Plan) -> str:
-    """A hash of the clips, their order and their buckets: what the place in the data refers to."""
+    """A hash of the clips, their order, buckets, timing and crops: what the place in the data refers to."""
     digest = hashlib.blake2b(digest_size=16)
     for clip in plan.clips:
-        digest.update(f"{clip.entry.path}\x1f{clip.bucket}\x1e".encode())
+        entry = clip.entry
+        timing = f"{entry.num_frames}\x1f{entry.fps}\x1f{entry.cut}\x1f{entry.crop}"
+        digest.update(f"{entry.path}\x1f{clip.bucket}\x1f{timing}\x1e".encode())
     return digest.hexdigest()
 
 

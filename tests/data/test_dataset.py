@@ -205,12 +205,12 @@ def test_too_many_broken_files(mixed, tmp_path):
         take(make_loader(plan, strict, tmp_path), 18)
 
 
-def test_no_sound_clip_in_a_bucket(tmp_path):
+def test_no_sound_clip_at_all(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     config = write_data(tmp_path, [entry("none.mp4", "a"), entry("text.mp4", "b")])
     with pytest.raises(
         UserError,
-        match=r"no clip of bucket 9x32x32 can be decoded \(.*none\.mp4: missing, .*text\.mp4: not a video, .*\)",
+        match=r"no clip of the data set can be decoded \(.*none\.mp4: missing, .*text\.mp4: not a video, .*\)",
     ):
         take(make_loader(load_plan(config, seed=1), config, tmp_path), 1)
 
@@ -232,3 +232,42 @@ def test_close_ends_a_hang_at_once(tmp_path):
     assert not any(os.path.exists(f"/proc/{pid}") for pid in children)
     waiter.join(5)
     assert threading.active_count() == before
+
+
+def test_a_bucket_without_a_sound_clip_is_filled_from_another(tmp_path):
+    entries = [entry("gone.png", "lost"), entry("gone_too.png", "lost")]
+    for number in range(4):
+        write_clip(tmp_path / f"{number}.mp4", FRAMES)
+        entries.append(entry(f"{number}.mp4", f"video number {number}"))
+    config = write_data(tmp_path, entries)
+    config.group_data = True
+    plan = load_plan(config, seed=1)
+    assert len(plan.buckets) == 2
+    batches = take(make_loader(plan, config, tmp_path), 9)
+    for batch in batches:
+        assert {clip.bucket for clip in batch.clips} == {Bucket(9, 32, 32)}
+        assert all(clip.pixels.shape == (3, 9, 32, 32) for clip in batch.clips)
+    assert {line["path"] for line in map(json.loads, (tmp_path / "rejects.jsonl").read_text().splitlines())} == {
+        str(tmp_path / name) for name in ("gone.png", "gone_too.png")
+    }
+    again = take(make_loader(plan, config, tmp_path, epoch=batches[-1].epoch), 1)
+    assert facts(again) == [fact for fact in facts(batches) if fact[0] == batches[-1].epoch and fact[1] == 0]
+
+
+def test_one_wrong_annotation_does_not_condemn_the_file(tmp_path):
+    write_clip(tmp_path / "0.mp4", FRAMES)
+    entries = [entry("0.mp4", "right"), entry("0.mp4", "wrong", num_frames=FRAMES + 9)]
+    config = write_data(tmp_path, entries)
+    config.dataloader_num_workers = 1
+    batches = take(make_loader(load_plan(config, seed=1), config, tmp_path), 8)
+    assert {clip.caption for batch in batches for clip in batch.clips} == {"right", ""}
+
+
+def test_a_stop_does_not_wait_for_a_hanging_decode(tmp_path):
+    os.mkfifo(tmp_path / "hang.mp4")
+    config = write_data(tmp_path, [entry("hang.mp4", "a")])
+    stop = threading.Event()
+    threading.Timer(1.0, stop.set).start()
+    start = time.monotonic()
+    assert take(make_loader(load_plan(config, seed=1), config, tmp_path, stopped=stop.is_set), 1) == []
+    assert time.monotonic() - start < 6

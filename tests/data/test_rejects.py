@@ -23,8 +23,12 @@ def test_each_file_once(tmp_path):
     assert first.pop("time")[:2] == "20"
     assert first == {"path": "a/1.mp4", "file": "/data/a/1.mp4", "reason": "missing", "substitute": "a/2.mp4"}
     assert second["path"] == "a/ü\n.mp4" and second["substitute"] is None
-    RejectLog(file, 5).add("a/1.mp4", "/data/a/1.mp4", "missing", None)  # the next run appends
-    assert len(lines(file)) == 3
+    with open(file, "a") as cut_short:
+        cut_short.write('{"path": "a/3.m\n')
+    resumed = RejectLog(file, 5)
+    resumed.add("a/1.mp4", "/data/a/1.mp4", "missing", None)  # is listed already
+    resumed.add("a/4.mp4", "/data/a/4.mp4", "missing", None)
+    assert len(file.read_text().splitlines()) == 4
 
 
 def test_limit(tmp_path):

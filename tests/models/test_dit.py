@@ -189,3 +189,43 @@ def test_broken_folders_end_in_one_sentence(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="attention_bias"):
         DiT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("num_layers", "6", "num_layers is '6', not a valid int"),
+        ("num_layers", 10**5, "more than 1000"),
+        ("norm_eps", -1, "norm_eps is -1"),
+        ("sparse1d", "false", "not a valid bool"),
+        ("interpolation_scale_t", 0, "interpolation_scale_t is 0"),
+        ("attention_head_dim", 50, "multiple of 6"),
+    ],
+)
+def test_wrong_values_in_config_json(tmp_path, key, value, words):
+    folder = broken_folder(tmp_path, lambda tensors: None)
+    config = json.loads((GOLDEN / "config.json").read_text()) | {key: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words):
+        DiT.from_pretrained(folder)
+
+
+def test_integer_weights_are_refused(tmp_path):
+    def quantise(tensors):
+        tensors["proj_out.weight"] = tensors["proj_out.weight"].to(torch.int8)
+
+    with pytest.raises(UserError, match=r"proj_out\.weight holds torch\.int8"):
+        DiT.from_pretrained(broken_folder(tmp_path, quantise))
+
+
+def test_saving_over_shards_leaves_none_of_them(tmp_path, dit):
+    tensors = dit.to_checkpoint(dit.state_dict())
+    write_tensors(tmp_path, tensors, shard_bytes=1 << 18)
+    other = DiT.create(dit.config, seed=3)
+    other.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+    again = DiT.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in other.state_dict().items())
+    write_tensors(tmp_path, tensors, shard_bytes=1 << 18)
+    assert not (tmp_path / WEIGHTS).exists()
+    assert torch.equal(DiT.from_pretrained(tmp_path).state_dict()["proj_out.bias"], dit.state_dict()["proj_out.bias"])

@@ -101,7 +101,16 @@ def test_impossible_sizes_are_refused(vae):
     with pytest.raises(ValueError, match="multiples of 8"):
         vae.encode(torch.zeros(1, 3, 5, 12, 16))
     with pytest.raises(ValueError, match="time only"):
-        vae.encode(torch.zeros(1, 3, 5, 16, 16), tiles=(1, 4, 4))
+        vae.encode(torch.zeros(1, 3, 5, 16, 16), tiles=(1, 1, 1))
+
+
+def test_tiles_that_cover_rows_and_columns_are_no_tiles(vae):
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    whole = vae.encode(video).mean
+    assert relative(vae.encode(video, tiles=(1, 2, 2)).mean, whole) < 1e-6
+    for tiles in ((1,), (0, None, None), ("1", None, None)):
+        with pytest.raises(ValueError, match="tiles"):
+            vae.decode(whole, tiles=tiles)
 
 
 def test_released_size_can_be_built_on_meta():

@@ -221,3 +221,10 @@ def test_an_incomplete_folder_in_the_way_is_replaced(tmp_path, run):
     (tmp_path / "checkpoint-3" / "stray").touch()
     folder = run.save(tmp_path, 3, ema=False)
     assert names(tmp_path) == ["checkpoint-3"] and "stray" not in names(folder)
+
+
+def test_latest_does_not_start_anew_beside_checkpoints_that_it_cannot_read(tmp_path, run):
+    folder = run.save(tmp_path, 3)
+    (folder / "trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read .*the field step is missing"):
+        find_checkpoint("latest", tmp_path, print)

@@ -172,6 +172,14 @@ def test_only_bad_gradients_end_the_run(config, train, make_batches, poison):
     assert len(history(config)) == 2 + MAX_SKIPPED_IN_A_ROW - 1
 
 
+def test_bad_gradients_prune_no_good_checkpoint(config, train, make_batches, poison):
+    config.run.checkpointing_steps, config.run.checkpoints_total_limit = 1, 2
+    with pytest.raises(UserError, match="not finite"):
+        train(config, 50, batches=poisoned(make_batches(3), range(3, 50)), total=50)
+    kept = {path.name for path in Path(config.run.output_dir).glob("checkpoint-*")}
+    assert {"checkpoint-2", "checkpoint-3"} <= kept  # of before the trouble
+
+
 def test_an_average_that_is_gone_is_missed_and_a_new_one_starts_from_the_weights(config, train):
     train(config, 4)
     checkpoint = Path(config.run.output_dir) / "checkpoint-4"
