@@ -34,12 +34,12 @@ def test_commands_are_accepted(command):
 def test_every_flag_that_is_mentioned_exists():
     known = {flag for parser in (train_parser(), sample_parser()) for flag in parser._option_string_actions}
     known |= {"--json"}  # osp_fast.inspect's own, see tests/test_inspect.py
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]*", README))
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", README))
     assert len(mentioned) > 40 and mentioned <= known, mentioned - known
 
 
 def test_every_flag_of_the_readme_is_run_by_a_test():
     tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("*.py") if path.name != "test_readme.py")
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]*", README)):
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", README)):
         # Tests give flags as text, or as keyword arguments of a helper that makes a command line of them.
         assert re.search(rf"{flag}\b|\b{flag[2:]}=", tests), f"no test runs {flag}"
