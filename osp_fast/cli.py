@@ -15,12 +15,12 @@ from osp_fast.checks import check_sample, check_train
 from osp_fast.config import SAMPLE_PRESETS, TRAIN_PRESETS, SampleConfig, TrainConfig, as_dict
 from osp_fast.errors import UserError
 
-# Flags of upstream's scripts for what the engine does anyway: name -> (takes a value, the line that is printed).
+# Flags of upstream's scripts for what the engine does anyway or otherwise: name -> (takes a value, the line that is printed).
 ACCEPTED = {
     "use_decord": (False, "videos are decoded by PyAV, exact to the frame"),
     "trained_data_global_step": (True, "the place in the data comes from the checkpoint"),
     "foreach_ema": (False, "the moving average always uses multi-tensor operations"),
-    "extra_save_mem": (False, "nothing is kept on the GPU that a step does not need"),
+    "extra_save_mem": (False, "--gradient_checkpointing, --enable_tiling and --offload_ema are what saves memory here"),
     "enable_profiling": (False, "metrics.jsonl has the time of every step and of its wait for data"),
 }
 ConfigT = TypeVar("ConfigT")
@@ -45,7 +45,7 @@ def train_parser(prog: str = "osp_fast.train") -> argparse.ArgumentParser:
     for group in dataclasses.fields(TrainConfig):
         doc = group.type.__doc__.strip()
         _add_flags(parser.add_argument_group(f"{group.name}: {doc}"), group.type)
-    accepted = parser.add_argument_group("accepted from upstream's scripts; the engine does these anyway")
+    accepted = parser.add_argument_group("accepted from upstream's scripts; the engine does these anyway or otherwise")
     for name, (takes_value, reason) in ACCEPTED.items():
         options = dict(type=str) if takes_value else dict(action="store_true")
         accepted.add_argument(f"--{name}", help=reason, **options)

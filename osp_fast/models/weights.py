@@ -103,7 +103,7 @@ class PretrainedModel(nn.Module):
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of config.json can be a field of type `kind`: numbers are positive and of a sensible size."""
+    """Whether a value from a JSON file can be a field of type `kind`: numbers are positive and of a sensible size."""
     if kind is bool:
         return isinstance(value, bool)
     if kind in (int, float):
@@ -140,10 +140,14 @@ def read_recipe(folder: str | Path) -> Recipe | None:
     if not path.exists():
         return None
     values = read_json(path)
-    try:
-        return Recipe(**values)
-    except TypeError as error:
-        raise UserError(f"{path}: {error}; restore the file, or delete it and give the flags by hand") from None
+    fields = {field.name: field.type for field in dataclasses.fields(Recipe)}
+    fix = "restore the file, or delete it and give the flags by hand"
+    for name in sorted(fields.keys() ^ values.keys()):
+        raise UserError(f"{path}: {name} is {'missing' if name in fields else 'unknown'}; {fix}")
+    for name, kind in fields.items():
+        if not _fits(values[name], kind):
+            raise UserError(f"{path}: {name} is {values[name]!r}, not a valid {kind.__name__}; {fix}")
+    return Recipe(**values)
 
 
 def read_tensors(folder: Path, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:

@@ -2,15 +2,17 @@
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from osp_fast.config import Recipe
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DIT_CONFIGS, DiT, DiTConfig
-from osp_fast.models.weights import INDEX, WEIGHTS, write_tensors
+from osp_fast.models.weights import INDEX, WEIGHTS, read_recipe, write_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden/dit"
 SMALL = DiTConfig(
@@ -229,3 +231,22 @@ def test_saving_over_shards_leaves_none_of_them(tmp_path, dit):
     write_tensors(tmp_path, tensors, shard_bytes=1 << 18)
     assert not (tmp_path / WEIGHTS).exists()
     assert torch.equal(DiT.from_pretrained(tmp_path).state_dict()["proj_out.bias"], dit.state_dict()["proj_out.bias"])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"size": 5}, "size is 5, not a valid str"),
+        ({"train_fps": -1}, "train_fps is -1"),
+        ({"rectified_flow": "no"}, "not a valid bool"),
+        ({"num_frames": None}, "num_frames is None"),
+        ({"colour": "red"}, "colour is unknown"),
+    ],
+)
+def test_a_broken_recipe_ends_in_one_sentence(tmp_path, change, words):
+    recipe = Recipe("epsilon", False, False, 24.0, 17, "64x64", 16)
+    (tmp_path / "recipe.json").write_text(json.dumps(asdict(recipe)))
+    assert read_recipe(tmp_path) == recipe
+    (tmp_path / "recipe.json").write_text(json.dumps(asdict(recipe) | change))
+    with pytest.raises(UserError, match=f"recipe.json: .*{words}"):
+        read_recipe(tmp_path)
