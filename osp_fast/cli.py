@@ -15,7 +15,7 @@ from osp_fast.checks import check_sample, check_train
 from osp_fast.config import SAMPLE_PRESETS, TRAIN_PRESETS, SampleConfig, TrainConfig, as_dict
 from osp_fast.errors import UserError
 
-# Flags of upstream's scripts for what the engine does anyway or otherwise: name -> (takes a value, the line that is printed).
+# Flags of upstream's scripts that have no effect of their own: name -> (takes a value, the line that is printed).
 ACCEPTED = {
     "use_decord": (False, "videos are decoded by PyAV, exact to the frame"),
     "trained_data_global_step": (True, "the place in the data comes from the checkpoint"),
