@@ -1,17 +1,44 @@
-"""Which implementation of an operation runs.
+"""Which implementation of an operation runs, and on what.
 
-`OSP_FAST_KERNELS` forces a path. This version has the PyTorch references only, so that "reference" is the one value
-that can be served and the default on every device.
+`OSP_FAST_KERNELS=triton|reference` forces a path. The default is Triton on CUDA and the PyTorch reference elsewhere;
+Triton on CPU tensors needs its interpreter (`TRITON_INTERPRET=1`), which is for tests: it is slow.
 """
 
 import os
 
+import torch
+from triton import knobs
 
-def selected_path() -> str:
-    """The path that serves every operation of this process. Raises ValueError for a value that cannot be served."""
-    value = os.environ.get("OSP_FAST_KERNELS", "reference")
-    if value == "triton":
-        raise ValueError("OSP_FAST_KERNELS=triton: this version has the PyTorch reference kernels only; unset it")
-    if value != "reference":
-        raise ValueError(f"OSP_FAST_KERNELS={value!r} is unknown: use reference, or unset it")
+PATHS = ("triton", "reference")
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in the interpreter, on CPU tensors."""
+    return bool(knobs.runtime.interpret)
+
+
+def selected_path(device: torch.device) -> str:
+    """triton or reference: what serves tensors on `device`. Raises ValueError for a choice that cannot be served."""
+    value = os.environ.get("OSP_FAST_KERNELS")
+    if value is None:
+        return "triton" if device.type == "cuda" else "reference"
+    if value not in PATHS:
+        raise ValueError(f"OSP_FAST_KERNELS={value!r} is unknown: use {' or '.join(PATHS)}, or unset it")
+    if value == "triton" and device.type != "cuda" and not interpreting():
+        raise ValueError("OSP_FAST_KERNELS=triton needs an NVIDIA GPU: unset it, or set TRITON_INTERPRET=1 to test")
     return value
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability of `device` as a number, 90 for Hopper; 0 in the interpreter on the CPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of `device`; 2 in the interpreter, so that persistent loops really loop there."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,71 @@
+"""What the tests and the bench know of an operation: its `OpSpec`, the last object of a kernel file.
+
+An operation without a spec is not done. Tolerances live here and nowhere else.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call that users make. `sizes` are the keyword arguments of the spec's functions, and of nothing else."""
+
+    name: str
+    sizes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class KernelBuild:
+    """One kernel, compiled ahead of time for one architecture.
+
+    kernel: the `@triton.jit` function, uncompiled
+    arch: compute capability as a number, 80, 90, 100
+    config: a label of what was chosen for it, "64x128 D96 bf16 descriptor"
+    signature: argument name -> Triton's type string ("*bf16", "i32", "tensordesc<bf16[1, 64, 1, 64]>")
+    constants: argument name -> value, for the constexpr arguments
+    aligned: names of pointers and integers that may be taken as multiples of 16, as they are when launched
+    expects: instructions that the binary must hold, ("HGMMA", "UTMALDG"); the static report fails without them
+    """
+
+    kernel: Any
+    arch: int
+    config: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+    expects: tuple[str, ...] = ()
+    maxnreg: int | None = None
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An operation, its reference and what its calls cost.
+
+    operation, reference: take what `make_inputs` gives as keyword arguments, return one tensor
+    make_inputs: (device=, dtype=, seed=, **sizes) -> keyword arguments; tensors that need gradients say so
+    shapes: the calls that are timed and checked on a GPU
+    tolerances: dtype -> relative error ||out - ref|| / ||ref|| allowed against float64, (forward, gradients)
+    flops, bytes: (direction, **sizes) -> operations that the mathematics needs, bytes that must move (bf16)
+    predicted: (direction, **sizes) -> seconds expected on one H100 SXM, written down before it was measured
+    builds: architecture number -> what to compile ahead of time
+    """
+
+    name: str
+    operation: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    make_inputs: Callable[..., dict[str, Any]]
+    shapes: tuple[Shape, ...]
+    tolerances: dict[torch.dtype, tuple[float, float]]
+    flops: Callable[..., float]
+    bytes: Callable[..., float]
+    predicted: Callable[..., float]
+    builds: Callable[[int], list[KernelBuild]] = field(repr=False)
