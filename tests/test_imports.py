@@ -24,6 +24,7 @@ ALLOWED = {
     "assets": LEAVES | {"kernels", "models", "data"},
 }
 ENTRY_POINTS = {"train", "sample", "inspect", "demo"}
+BENCH_MAY_NOT_IMPORT = {"tests", "kernels", "av", "PIL", "diffusers", "transformers", "tensorboard"}
 KERNELS_MAY_IMPORT = {"torch", "triton", "math", "os", "collections", "dataclasses", "typing", "osp_fast"}
 
 
@@ -62,6 +63,12 @@ def test_direction(part, path):
 
 def test_every_part_is_seen():
     assert {"kernels", "models", "data", "diffusion", "training", "pipeline"} <= {part for part, _ in modules()}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("*.py")), ids=lambda path: path.stem)
+def test_bench_needs_torch_and_triton_only(path):
+    """It may import any part of ours; kernels are `osp_fast.kernels` there too."""
+    assert not {name.split(".")[0] for name in imported(path)} & BENCH_MAY_NOT_IMPORT
 
 
 def test_kernels_package_is_a_docstring():

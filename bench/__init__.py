@@ -1,0 +1,1 @@
+"""What the kernels cost: listed, compiled and read, verified, measured, compared; see bench/README.md."""

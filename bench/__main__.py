@@ -1,0 +1,117 @@
+"""`python -m bench list|run|verify|static|compare|report`, from the repository's root; see bench/README.md."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from osp_fast.kernels.spec import OpSpec
+
+from bench.ops import choose_ops, choose_shapes, load_specs
+from osp_fast.cli import SentenceParser
+from osp_fast.errors import run_entry_point
+
+RESULTS = Path(__file__).parent / "results"
+ARCHS = (80, 90, 100)
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def main(argv: Sequence[str] | None = None, load: Callable[[], Mapping[str, OpSpec]] = load_specs) -> int:
+    """Run one command on the operations that `load` gives; returns the exit code. Raises UserError on bad usage."""
+    arguments = _parser().parse_args(argv)
+    return arguments.command(arguments, load)
+
+
+def _list(arguments: argparse.Namespace, load: Callable) -> int:
+    from bench.listing import run_list
+
+    return run_list(choose_shapes(choose_ops(load(), arguments.op), arguments.shape))
+
+
+def _run(arguments: argparse.Namespace, load: Callable) -> int:
+    from bench.run import run_bench
+    from bench.tune import run_tune
+
+    pairs = choose_shapes(choose_ops(load(), arguments.op), arguments.shape)
+    return (run_tune if arguments.tune else run_bench)(pairs, arguments.json)
+
+
+def _verify(arguments: argparse.Namespace, load: Callable) -> int:
+    from bench.verify import run_verify
+
+    return run_verify(
+        choose_shapes(choose_ops(load(), arguments.op), arguments.shape), arguments.seeds, arguments.dtype
+    )
+
+
+def _static(arguments: argparse.Namespace, load: Callable) -> int:
+    from bench.static import run_static
+
+    return run_static(choose_ops(load(), arguments.op), arguments.arch, arguments.json)
+
+
+def _compare(arguments: argparse.Namespace, load: Callable) -> int:
+    from bench.compare import run_compare
+
+    return run_compare(arguments.before, arguments.after, arguments.threshold / 100)
+
+
+def _report(arguments: argparse.Namespace, load: Callable) -> int:
+    from bench.report import run_report
+
+    return run_report(choose_shapes(choose_ops(load(), arguments.op), None), arguments.results, arguments.output)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = SentenceParser(prog="bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(command=command)
+        return added
+
+    def add_choice(added: argparse.ArgumentParser, shapes: bool = True) -> None:
+        added.add_argument("--op", nargs="+", metavar="NAME", help="only these operations")
+        if shapes:
+            added.add_argument("--shape", nargs="+", metavar="NAME", help="only the shapes with these names")
+
+    add_choice(add("list", _list, "operations, shapes, and what each call should cost"))
+
+    run = add("run", _run, "measure every operation beside its baselines, on a GPU")
+    add_choice(run)
+    run.add_argument("--json", type=Path, default=RESULTS, metavar="DIR", help="where results go (bench/results)")
+    run.add_argument("--tune", action="store_true", help="time each candidate configuration instead, print the best")
+
+    verify = add("verify", _verify, "check every operation and its gradients against float64, on a GPU")
+    add_choice(verify)
+    verify.add_argument("--seeds", type=_at_least_one, default=2, metavar="N", help="fresh inputs per shape (2)")
+
+    verify.add_argument("--dtype", nargs="+", choices=DTYPES, help="only these types (all that the spec has)")
+
+    static = add("static", _static, "compile every kernel ahead of time and read its binary; needs no GPU")
+    add_choice(static, shapes=False)
+    static.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=ARCHS, help="compute capabilities")
+    static.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+
+    compare = add("compare", _compare, "two result files of run, or two of static: what changed")
+    compare.add_argument("before", type=Path, metavar="A.json")
+    compare.add_argument("after", type=Path, metavar="B.json")
+    compare.add_argument("--threshold", type=float, default=5.0, metavar="PERCENT", help="a change that fails (5)")
+
+    report = add("report", _report, "a Markdown table of the latest results")
+    add_choice(report, shapes=False)
+    report.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where they are (bench/results)")
+    report.add_argument("--output", type=Path, metavar="FILE", help="write to this file instead of printing")
+    return parser
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    run_entry_point(lambda: sys.exit(main()))

@@ -1,0 +1,59 @@
+"""`bench report`: a Markdown table of the latest results, with the prediction where nothing has been measured."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from osp_fast.kernels.spec import DIRECTIONS, OpSpec, Shape
+
+from bench.results import AS_WRITTEN, GATHERED, best_and_ratio, find_row, latest_runs
+from bench.run import describe_ceilings
+from bench.table import markdown_table, milliseconds, percent
+
+NOT_MEASURED = "not yet measured on a GPU"
+HEADERS = ["op", "shape", "direction", "device", "time", "TFLOP/s", "of matmul", "of copy", "predicted"]
+BASELINE_HEADERS = ["best with gather and scatter", "x", "best already gathered", "x"]
+
+
+def run_report(pairs: Sequence[tuple[OpSpec, Shape]], results: Path, output: Path | None) -> int:
+    """Print the report of the results under `results`, or write it to `output`."""
+    text = report_text(pairs, latest_runs(results))
+    if output is None:
+        print(text)
+    else:
+        output.write_text(text + "\n")
+        print(f"written to {output}")
+    return 0
+
+
+def report_text(pairs: Sequence[tuple[OpSpec, Shape]], runs: Mapping[tuple[str, str], dict[str, Any]]) -> str:
+    """A row per operation, shape, direction and device it was measured on, or one that says that it was not."""
+    rows = []
+    for spec, shape in pairs:
+        measured = [run for (op, _), run in runs.items() if op == spec.name]
+        for direction in DIRECTIONS:
+            lines = [line for run in measured if (line := _measured_line(run, shape.name, direction))]
+            predicted = milliseconds(spec.predicted(direction, **shape.sizes))
+            for line in lines or [[None, NOT_MEASURED, None, None, None, None, None, None, None]]:
+                rows.append([spec.name, shape.name, direction, *line[:5], predicted, *line[5:]])
+    notes = [
+        f"{op} on {device}: {describe_ceilings(run['ceilings'])}; "
+        + ", ".join(f"{name} {run['environment'][name]}" for name in ("torch", "triton", "cuda", "cudnn"))
+        + f"; {run['date']}"
+        for (op, device), run in runs.items()
+        if op in {spec.name for spec, _ in pairs}
+    ]
+    legend = "x: the baseline's time over ours. predicted: written down for one H100 SXM before measuring."
+    return "\n\n".join([markdown_table([*HEADERS, *BASELINE_HEADERS], rows), *notes, legend])
+
+
+def _measured_line(run: dict[str, Any], shape: str, direction: str) -> list[str | None] | None:
+    row = find_row(run["rows"], shape, direction)
+    if row is None:
+        return None
+    line = [run["environment"]["device"], milliseconds(row["seconds"]), f"{row['tflops']:.0f}"]
+    line += [percent(row["matmul_fraction"]), percent(row["copy_fraction"])]
+    for layout in (AS_WRITTEN, GATHERED):
+        name, ratio = best_and_ratio(run["rows"], shape, direction, layout)
+        line += [name, None if ratio is None else f"{ratio:.2f}"]
+    return line

@@ -1,0 +1,81 @@
+"""Result files: where they lie, how they are read, and the ratios that they hold."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from osp_fast.errors import UserError
+
+OURS = "osp_fast"
+AS_WRITTEN, GATHERED = "as written", "gathered"  # the layout of an implementation's inputs
+
+
+def result_path(folder: Path, device: str, stem: str) -> Path:
+    """A new folder/<device>/<stem>-<n>.json, n one more than the highest there."""
+    place = folder / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    numbers = [int(path.stem.rsplit("-", 1)[1]) for path in place.glob(f"{stem}-[0-9]*.json")]
+    return place / f"{stem}-{max(numbers, default=0) + 1:03d}.json"
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write `result` as JSON, its folder made if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def read_result(path: Path) -> Any:
+    """A result of run (an object) or of static (a list of rows). Raises UserError if it is neither."""
+    try:
+        result = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): give a file that bench wrote") from None
+    except ValueError:
+        raise UserError(f"{path}: is no JSON: give a file that bench run or bench static wrote") from None
+    is_static = isinstance(result, list) and all(isinstance(row, dict) and "kernel" in row for row in result)
+    if is_static or (isinstance(result, dict) and result.get("kind") in ("run", "tune")):
+        return result
+    raise UserError(f"{path}: has no rows of bench run or bench static: give a file that one of them wrote")
+
+
+def latest_runs(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """(operation, device) -> the newest result of `bench run` under `folder`."""
+    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in sorted(folder.rglob("*.json")):
+        result = read_result(path)
+        if isinstance(result, dict) and result["kind"] == "run":
+            key = (result["op"], result["environment"]["device"])
+            if key not in latest or latest[key]["date"] <= result["date"]:
+                latest[key] = result
+    return latest
+
+
+def find_row(rows: Sequence[dict[str, Any]], shape: str, direction: str) -> dict[str, Any] | None:
+    """Our own measured row of a shape and direction, if there is one."""
+    for row in rows:
+        if (row["implementation"], row["shape"], row["direction"]) == (OURS, shape, direction) and row["seconds"]:
+            return row
+    return None
+
+
+def best_baseline(rows: Sequence[dict[str, Any]], shape: str, direction: str, layout: str) -> dict[str, Any] | None:
+    """The fastest baseline of a shape and direction whose inputs have this layout, if any ran."""
+    ran = [
+        row
+        for row in rows
+        if (row["shape"], row["direction"], row["layout"]) == (shape, direction, layout)
+        and row["implementation"] != OURS
+        and row["seconds"]
+    ]
+    return min(ran, key=lambda row: row["seconds"], default=None)
+
+
+def best_and_ratio(
+    rows: Sequence[dict[str, Any]], shape: str, direction: str, layout: str
+) -> tuple[str | None, float | None]:
+    """The best baseline's name and its time over ours: above 1, ours is faster."""
+    ours, best = find_row(rows, shape, direction), best_baseline(rows, shape, direction, layout)
+    if best is None:
+        return None, None
+    return best["implementation"], best["seconds"] / ours["seconds"] if ours else None

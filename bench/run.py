@@ -1,0 +1,200 @@
+"""`bench run`: each operation, shape and direction timed on a GPU, beside the device's ceilings and its baselines."""
+
+import datetime
+import functools
+import gc
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from osp_fast.kernels.spec import DIRECTIONS, OpSpec, Shape
+from torch import Tensor
+
+from bench.accuracy import gradient_leaves, relative_error
+from bench.baselines import Baseline, Unavailable, baselines_of
+from bench.measure import (
+    Timer,
+    ceilings,
+    direction_calls,
+    environment,
+    input_set_count,
+    median_seconds,
+    require_cuda,
+)
+from bench.results import AS_WRITTEN, GATHERED, OURS, best_and_ratio, find_row, result_path, write_result
+from bench.table import format_table, milliseconds, percent
+from osp_fast.seeding import stable_seed
+
+DTYPE = torch.bfloat16  # specs count bytes for it
+BASELINE_TOLERANCE = 0.05  # of a baseline's result against ours; bench verify is the check of ours
+REASON_LENGTH = 200
+
+
+def run_bench(pairs: Sequence[tuple[OpSpec, Shape]], folder: Path) -> int:
+    """Measure `pairs`, print tables, write a result file per operation; 1 if an operation of ours did not run."""
+    device = require_cuda("run")
+    limits = ceilings(device)
+    print(f"{environment(device)['device']}: {describe_ceilings(limits)}", flush=True)
+    failed = False
+    for spec, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        path = result_path(folder, environment(device)["device"], spec.name)
+        keep = functools.partial(write_result, path)
+        result = measure_op(spec, [shape for _, shape in group], device, limits, median_seconds, keep)
+        print(result_table(result))
+        print(ratio_table(result))
+        print(f"written to {path}")
+        failed |= any(row["implementation"] == OURS and row["seconds"] is None for row in result["rows"])
+    return 1 if failed else 0
+
+
+def measure_op(
+    spec: OpSpec,
+    shapes: Sequence[Shape],
+    device: torch.device,
+    limits: dict[str, float],
+    timer: Timer,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """What a result file of `bench run` holds; see bench/README.md. `keep` gets it after each shape as it has grown."""
+    rows: list[dict[str, Any]] = []
+    result = {
+        "kind": "run",
+        "op": spec.name,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "environment": environment(device),
+        "ceilings": limits,
+        "rows": rows,
+    }
+    for shape in shapes:
+        for row in measure_shape(spec, shape, device, limits, timer):
+            rows.append(row)
+            took = milliseconds(row["seconds"]) or f"not available: {row['unavailable']}"
+            print(f"{spec.name} {shape.name} {row['direction']} {row['implementation']}: {took}", flush=True)
+        keep(result)
+    return result
+
+
+def measure_shape(
+    spec: OpSpec, shape: Shape, device: torch.device, limits: dict[str, float], timer: Timer
+) -> Iterator[dict[str, Any]]:
+    """Yield a row per implementation and direction, ours first. What cannot run has a reason instead of figures."""
+    sets = make_input_sets(spec, shape, device)
+    expected = None
+    for implementation in (ours(spec), *baselines_of(spec.name)):
+        reason = None
+        for direction in DIRECTIONS:
+            seconds = spread = None
+            try:
+                if reason is None:
+                    bound = [implementation.bind(inputs) for inputs in sets]
+                    if direction == "forward":
+                        result = _checked_result(implementation, bound[0][0], sets[0], expected)
+                        expected = result if implementation.name == OURS else expected
+                    seconds, spread = timer(direction_calls(bound, direction))
+            except Exception as error:  # whatever a library raises is the reason why it was not measured
+                reason = reason_of(error)
+            bound = result = None  # frees their memory for the next
+            row = {"shape": shape.name, "direction": direction, "implementation": implementation.name}
+            row |= {"layout": implementation.layout, "seconds": seconds, "spread": spread}
+            row |= _rates(spec, shape, direction, seconds, limits)
+            row["predicted"] = spec.predicted(direction, **shape.sizes) if implementation.name == OURS else None
+            yield row if seconds is not None else row | {"unavailable": reason}
+    sets.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def reason_of(error: Exception) -> str:
+    """One line that says what an exception says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:REASON_LENGTH]
+
+
+def ours(spec: OpSpec) -> Baseline:
+    """The operation itself, in the form of a baseline."""
+
+    def bind(inputs: dict[str, Any]) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        return lambda: spec.operation(**inputs), list(gradient_leaves(inputs).values())
+
+    return Baseline(OURS, AS_WRITTEN, bind, lambda out, inputs: out)
+
+
+def make_input_sets(spec: OpSpec, shape: Shape, device: torch.device) -> list[dict[str, Any]]:
+    """Random inputs of one shape, as many sets as it takes to leave the L2 cache behind."""
+
+    def make(place: int) -> dict[str, Any]:
+        seed = stable_seed("bench run", spec.name, shape.name, place)
+        return spec.make_inputs(device=device, dtype=DTYPE, seed=seed, **shape.sizes)
+
+    first = make(0)
+    return [first, *(make(place) for place in range(1, input_set_count(first, device)))]
+
+
+def describe_ceilings(limits: dict[str, float]) -> str:
+    """The two ceilings in words."""
+    return (
+        f"copy {limits['copy_bytes_per_second'] / 1e9:.0f} GB/s, "
+        f"bf16 matrix product {limits['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s"
+    )
+
+
+def result_table(result: dict[str, Any]) -> str:
+    """Every row of a result, one line each; what is not available says why."""
+    headers = ["shape", "direction", "implementation", "time", "spread", "TFLOP/s", "of matmul", "GB/s", "of copy"]
+    lines = []
+    for row in result["rows"]:
+        figures = [percent(row["spread"]), _rounded(row["tflops"]), percent(row["matmul_fraction"])]
+        figures += [_rounded(row["gb_per_second"]), percent(row["copy_fraction"]), milliseconds(row["predicted"])]
+        note = f"not available: {row['unavailable']}" if row["seconds"] is None else ""
+        names = [row["shape"], row["direction"], row["implementation"]]
+        lines.append([*names, milliseconds(row["seconds"]), *figures, note])
+    return format_table([*headers, "predicted", ""], lines)
+
+
+def ratio_table(result: dict[str, Any]) -> str:
+    """Ours against the best baseline of each layout: the baseline's time over ours."""
+    rows = result["rows"]
+    headers = ["shape", "direction", "ours", "best with gather and scatter", "ratio", "best already gathered", "ratio"]
+    lines = []
+    for shape, direction in dict.fromkeys((row["shape"], row["direction"]) for row in rows):
+        mine = find_row(rows, shape, direction)
+        line = [shape, direction, milliseconds(mine["seconds"] if mine else None)]
+        for layout in (AS_WRITTEN, GATHERED):
+            name, ratio = best_and_ratio(rows, shape, direction, layout)
+            line += [name, None if ratio is None else f"{ratio:.2f}"]
+        lines.append(line)
+    return format_table(headers, lines)
+
+
+def _checked_result(
+    implementation: Baseline, call: Callable[[], Tensor], inputs: dict[str, Any], expected: Tensor | None
+) -> Tensor:
+    """The result of one call in the operation's layout. Raises Unavailable if it is not what was expected."""
+    with torch.no_grad():
+        result = implementation.restore(call(), inputs)
+    if expected is not None:
+        error = relative_error(result, expected)
+        if not error <= BASELINE_TOLERANCE:
+            raise Unavailable(f"its result differs from ours by {error:.1e}")
+    return result
+
+
+def _rates(
+    spec: OpSpec, shape: Shape, direction: str, seconds: float | None, limits: dict[str, float]
+) -> dict[str, float | None]:
+    if seconds is None:
+        return dict.fromkeys(("tflops", "matmul_fraction", "gb_per_second", "copy_fraction"))
+    flops = spec.flops(direction, **shape.sizes) / seconds
+    moved = spec.bytes(direction, **shape.sizes) / seconds
+    return {
+        "tflops": flops / 1e12,
+        "matmul_fraction": flops / limits["matmul_flops_per_second"],
+        "gb_per_second": moved / 1e9,
+        "copy_fraction": moved / limits["copy_bytes_per_second"],
+    }
+
+
+def _rounded(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1f}"

@@ -1,0 +1,105 @@
+"""Kernels compiled ahead of time in a process of their own, and what is read from their binaries."""
+
+import json
+
+import pytest
+import triton
+
+ROW_KEYS = ["op", "kernel", "arch", "config", "registers", "spills", "shared", "instructions"]
+
+
+@pytest.fixture(scope="module")
+def sound(bench, tmp_path_factory):
+    file = tmp_path_factory.mktemp("static") / "toy.json"
+    process = bench("static", "--op", "toy", "--arch", 80, 90, 100, "--json", file)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout, json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def faulty(bench, tmp_path_factory):
+    file = tmp_path_factory.mktemp("static") / "faulty.json"
+    process = bench("static", "--op", "faulty", "--arch", 80, "--json", file)
+    assert process.returncode == 1, process.stdout + process.stderr
+    return process.stdout, json.loads(file.read_text())
+
+
+def rows_of(rows, **wanted):
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def test_rows_are_in_the_order_of_the_builds(sound):
+    _, rows = sound
+    order = [("sm_80", "pointers")]
+    order += [(arch, config) for arch in ("sm_90", "sm_100") for config in ("pointers", "boxes", "gluon")]
+    assert [(row["arch"], row["config"]) for row in rows] == order
+
+
+def test_every_row_has_the_promised_keys_and_figures(sound):
+    for row in sound[1]:
+        assert list(row)[:8] == ROW_KEYS
+        assert row["triton"] == triton.__version__ and row["spills"] == 0 and row["missing"] == []
+        assert 0 < row["registers"] <= 255 and row["shared"] > 0
+        assert row["instructions"]["total"] > row["loop_instructions"]["total"] > 0
+
+
+def test_matrix_products_and_loads_lie_in_the_loop(sound):
+    rows = sound[1]
+    # 128 x 64 x 64 by 4 warps: HMMA is 16 x 8 x 16, 256 of them; HGMMA is 64 x 64 x 16, 8 of them
+    for arch, config, name, count in (
+        ("sm_80", "pointers", "HMMA", 64),
+        ("sm_90", "pointers", "HGMMA", 8),
+        ("sm_90", "boxes", "HGMMA", 8),
+        ("sm_100", "boxes", "UTCHMMA", 4),
+    ):
+        (row,) = rows_of(rows, arch=arch, config=config)
+        assert row["loop_instructions"][name] == count
+        assert len(row["loops"]) == 1
+    (row,) = rows_of(rows, arch="sm_90", config="boxes")
+    assert row["loop_instructions"]["UTMALDG"] == 2 < row["instructions"]["UTMALDG"]
+    assert row["instructions"]["UTMASTG"] == 1 and row["loop_instructions"]["UTMASTG"] == 0
+    (row,) = rows_of(rows, arch="sm_90", config="pointers")
+    assert row["instructions"]["MUFU.EX2"] == 64 and row["loop_instructions"]["MUFU.EX2"] == 0
+
+
+def test_gluon_kernels_compile(sound):
+    for row in rows_of(sound[1], config="gluon"):
+        assert row["kernel"] == "copy_kernel"
+        assert row["loop_instructions"]["UTMALDG"] == row["loop_instructions"]["UTMASTG"] == 1
+
+
+def test_the_table_has_a_line_per_kernel_and_progress_comes_before(sound):
+    text, rows = sound
+    lines = text.splitlines()
+    assert sum(line.startswith("[") for line in lines) == len(rows)
+    assert f"[{len(rows)}/{len(rows)}]" in text
+    (line,) = [line for line in lines if line.startswith("toy") and " boxes " in line and "sm_90" in line]
+    assert "HGMMA 8 (8)" in line
+    assert lines[-1] == "7 kernels compiled ahead of time, 0 faults"
+
+
+def test_spills_and_missing_instructions_fail(faulty):
+    text, rows = faulty
+    (row,) = rows_of(rows, config="capped")
+    assert row["registers"] == 32 and row["spills"] > 0 and row["stack"] > 0
+    assert row["spills"] == row["instructions"]["LDL"] + row["instructions"]["STL"]
+    assert row["missing"] == ["HGMMA"]
+    assert f"FAULT faulty product_kernel sm_80 capped: {row['spills']} instructions spill" in text
+    assert "FAULT faulty product_kernel sm_80 capped: no HGMMA in the binary" in text
+
+
+def test_what_does_not_compile_is_an_error_in_its_row(faulty):
+    text, rows = faulty
+    assert [row["config"] for row in rows] == ["capped", "broken", "short", "gluon"]
+    reasons = ("power of 2", "differ in ['inner']", "signal 6: LLVM ERROR")
+    for row, reason in zip(rows[1:], reasons, strict=True):
+        assert list(row)[:8] == ROW_KEYS and row["registers"] is None
+        assert reason in row["error"] and "\n" not in row["error"]
+        assert f"FAULT faulty {row['kernel']} sm_80 {row['config']}: {row['error']}" in text
+    assert text.splitlines()[-1] == "4 kernels compiled ahead of time, 5 faults"
+
+
+def test_the_interpreter_cannot_compile(bench):
+    process = bench("static", "--op", "toy", TRITON_INTERPRET="1")
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: TRITON_INTERPRET is set") and process.stderr.count("\n") == 1
