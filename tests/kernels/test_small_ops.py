@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from osp_fast.kernels import launch
 from osp_fast.kernels.adaln import gate_residual_ref, norm_modulate_ref
 from osp_fast.kernels.causal_conv3d import causal_conv3d_ref
 from osp_fast.kernels.channel_norm import channel_norm_ref
@@ -97,8 +98,23 @@ def test_causal_conv_chunks_equal_the_whole(stride):
 
 
 def test_kernel_path(monkeypatch):
-    assert selected_path() == "reference"
-    for value, words in (("triton", "reference kernels only"), ("cuda", "unknown")):
-        monkeypatch.setenv("OSP_FAST_KERNELS", value)
-        with pytest.raises(ValueError, match=words):
-            selected_path()
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv("OSP_FAST_KERNELS", raising=False)
+    assert (selected_path(cpu), selected_path(cuda)) == ("reference", "triton")
+    monkeypatch.setenv("OSP_FAST_KERNELS", "reference")
+    assert (selected_path(cpu), selected_path(cuda)) == ("reference", "reference")
+    monkeypatch.setenv("OSP_FAST_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="OSP_FAST_KERNELS='cuda' is unknown: use triton or reference"):
+        selected_path(cpu)
+
+
+@pytest.mark.parametrize("interpreter", [False, True])
+def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch, interpreter):
+    monkeypatch.setenv("OSP_FAST_KERNELS", "triton")
+    monkeypatch.setattr(launch, "interpreting", lambda: interpreter)
+    assert selected_path(torch.device("cuda")) == "triton"
+    if interpreter:
+        assert selected_path(torch.device("cpu")) == "triton"
+    else:
+        with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+            selected_path(torch.device("cpu"))
