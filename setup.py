@@ -20,6 +20,7 @@ setup(
     package_dir={"osp_fast.kernels": "kernels"},
     install_requires=[
         "torch>=2.11",
+        "triton>=3.6",
         "numpy",
         "safetensors",
         "transformers",
@@ -37,5 +38,6 @@ setup(
     extras_require={
         "test": ["pytest", "hypothesis", "ruff"],
         "8bit": ["torchao"],
+        "flash": ["flash-attn"],
     },
 )

@@ -29,6 +29,11 @@ DIT_NAMES = ("OpenSoraT2V_v1_3-2B/122", "tiny")
 MAX_TOKENS = 8192  # of text
 MAX_SIDE = 16_384  # pixels; more is a slip of the keyboard
 VAE_NAMES = ("WFVAEModel_D8_4x8x8", "tiny")
+ATTENTION_NAMES = ("auto", "triton", "sdpa", "flash", "reference")
+ATTENTION_HELP = (
+    "what computes the DiT's attention; auto: the Triton kernel on a GPU, the reference elsewhere; sdpa: PyTorch's"
+    " fused kernels; flash: the flash-attn package"
+)
 
 
 def flag(
@@ -98,6 +103,7 @@ class ModelConfig:
     )
     sparse1d: bool | None = flag(None, "skiparse attention in the blocks 1 < i < 30 (default: the model's)")
     sparse_n: int | None = flag(None, "skiparse's k (default: the model's)", at_least=1)
+    attention: str = flag("auto", ATTENTION_HELP, choices=ATTENTION_NAMES)
     gradient_checkpointing: bool = flag(False, "recompute each block in backward instead of keeping its activations")
     mixed_precision: str = flag("no", "no: float32; bf16: autocast with float32 weights", choices=("no", "bf16"))
     allow_tf32: bool = flag(False, "let float32 matrix products use TF32 on NVIDIA GPUs")
@@ -146,6 +152,7 @@ class RunConfig:
     )
     log_interval: int = flag(1, "optimizer steps between two log entries", at_least=1)
     seed: int = flag(42, "seed of everything that is drawn", at_least=0)
+    deterministic: bool = flag(False, "add up in the same order each time, also on a GPU (slower)")
     max_train_steps: int | None = flag(None, "optimizer steps; wins over --num_train_epochs", at_least=1)
     num_train_epochs: int = flag(100, "epochs, when --max_train_steps is absent", at_least=1)
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints", at_least=1)
@@ -210,6 +217,7 @@ class SampleConfig:
     save_img_path: str = flag("samples", "folder for the videos, their sidecars and the grid")
     enable_tiling: bool = flag(False, "decode in temporal chunks: the same result in less memory")
     save_memory: bool = flag(False, "hold only the network in use on the GPU")
+    attention: str = flag("auto", ATTENTION_HELP, choices=ATTENTION_NAMES)
     compile: bool = flag(False, "torch.compile each block of the DiT")
     round_rope_angles: bool = flag(False, "round RoPE angles to the weights' 16-bit type, as upstream trained")
     dtype: str = flag("auto", "auto: bf16 on a GPU, float32 on a CPU", choices=("auto", "bf16", "fp32"))

@@ -1,11 +1,10 @@
-"""Where a run computes: its device, its kernels, its processes."""
+"""Where a run computes: its device and its processes."""
 
 import os
 
 import torch
 
 from osp_fast.errors import UserError
-from osp_fast.kernels.launch import selected_path
 
 
 def resolve_device(name: str) -> torch.device:
@@ -23,14 +22,6 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
     return device
-
-
-def kernel_path() -> str:
-    """Which implementation of the kernels this process runs. Raises `UserError` if `OSP_FAST_KERNELS` cannot be met."""
-    try:
-        return selected_path()
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def check_single_process(program: str) -> None:

@@ -109,15 +109,18 @@ class VideoPipeline:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         max_length: int = 512,
+        attention: str = "auto",
         round_rope_angles: bool = False,
         save_memory: bool = False,
     ) -> "VideoPipeline":
         """Load the three networks in `dtype` (float32 or bfloat16) for inference. Raises `UserError`.
 
-        `max_length` is in text tokens; `round_rope_angles` rounds RoPE angles to bfloat16, as upstream trained.
+        `max_length` is in text tokens; `attention` is one of `ATTENTION_NAMES`; `round_rope_angles` rounds RoPE angles
+        to bfloat16, as upstream trained.
         """
         place = "cpu" if save_memory else device
         dit = DiT.from_pretrained(dit_folder, dtype, place).requires_grad_(False).eval()
+        dit.use_attention(attention, torch.device(device), dtype)
         dit.rope_dtype = torch.bfloat16 if round_rope_angles else None
         vae = WFVAE.from_pretrained(vae_folder, dtype, place).requires_grad_(False).eval()
         text_encoder = TextEncoder.from_pretrained(text_encoder_folder, dtype, place, max_length)

@@ -22,8 +22,9 @@ from osp_fast.cli import parse_sample
 from osp_fast.config import SAMPLE_PRESETS, SampleConfig, as_dict
 from osp_fast.data.captions import clean_caption
 from osp_fast.data.write import image_grid, video_grid, write_image, write_video
-from osp_fast.device import check_single_process, kernel_path, resolve_device
+from osp_fast.device import check_single_process, resolve_device
 from osp_fast.errors import UserError, run_entry_point
+from osp_fast.models.attention_backends import resolve_attention
 from osp_fast.models.text_encoder import find_folder
 from osp_fast.models.weights import read_recipe, write_json
 from osp_fast.pipeline import (
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompts(config.text_prompt)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    attention = resolve_attention(config.attention, device, dtype)
     dit_folder = find_dit(config)
     vae_folder = find_folder(config.ae_path, config.cache_dir)
     text_encoder_folder = find_folder(config.text_encoder_name_1, config.cache_dir)
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ae_path": str(vae_folder),
         "text_encoder_name_1": str(text_encoder_folder),
         "device": str(device),
-        "kernels": kernel_path(),
+        "attention": attention,
         "dtype": str(dtype).removeprefix("torch."),
     }
     say("sampling with\n" + "\n".join(f"  {name}: {value}" for name, value in settings.items()))
@@ -75,9 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=dtype,
         device=device,
         max_length=config.max_sequence_length,
+        attention=attention,
         round_rope_angles=config.round_rope_angles,
         save_memory=config.save_memory,
     )
+    say(f"attention: {pipeline.dit.attention_summary()}")
     if config.compile:
         check_compiler(device)
         pipeline.compile_blocks()

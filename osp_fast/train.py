@@ -17,10 +17,19 @@ from osp_fast.config import TINY_FOLDER, TrainConfig, as_dict
 from osp_fast.data.buckets import Plan, load_plan
 from osp_fast.data.dataset import ClipLoader
 from osp_fast.data.rejects import RejectLog
-from osp_fast.device import kernel_path, resolve_device
+from osp_fast.device import resolve_device
 from osp_fast.errors import UserError, run_entry_point
+from osp_fast.models.attention_backends import resolve_attention
 from osp_fast.progress import Progress
-from osp_fast.training.build import build_dit, build_text_encoder, build_vae, check_folders, set_precision
+from osp_fast.training.build import (
+    build_dit,
+    build_text_encoder,
+    build_vae,
+    check_folders,
+    compute_dtype,
+    set_determinism,
+    set_precision,
+)
 from osp_fast.training.guards import StopSignals, refuse_parallel_runs
 from osp_fast.training.loop import Trainer, prepare_output
 from osp_fast.training.metrics import MetricsLog
@@ -47,8 +56,9 @@ def train(config: TrainConfig) -> int:
     """
     run = config.run
     output_dir = Path(run.output_dir)
-    kernels, device = kernel_path(), resolve_device(run.device)
+    device = resolve_device(run.device)
     check_folders(config.model)
+    resolve_attention(config.model.attention, device, compute_dtype(config.model))
     checkpoint = prepare_output(config, say)
     for group, values in as_dict(config).items():
         say(f"{group}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
@@ -62,11 +72,13 @@ def train(config: TrainConfig) -> int:
         return 0
 
     set_precision(config.model)
+    set_determinism(run.deterministic, device)
     dit = build_dit(config, checkpoint, device)
     vae = build_vae(config.model, dit, device)
     text_encoder = build_text_encoder(config.model, dit, device)
     size = sum(parameter.numel() for parameter in dit.parameters()) / 1e6
-    say(f"{size:.1f} M parameters on {device}, {kernels} kernels, {total_steps} steps")
+    say(f"{size:.1f} M parameters on {device}, {total_steps} steps")
+    say(f"attention: {dit.attention_summary()}")
     stop = StopSignals()
     trainer = Trainer(config, ClipLoss(dit, vae, text_encoder, config, device), state, checkpoint, total_steps)
     loader = ClipLoader(

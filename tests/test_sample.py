@@ -220,6 +220,8 @@ def test_newest_checkpoint_of_a_run(flags, models, capsys):
         (dict(ae_path="missing"), "missing"),
         (dict(text_encoder_name_1="missing"), "missing"),
         (dict(device="gpu"), "--device"),
+        (dict(attention="flash"), "--attention flash needs an NVIDIA GPU, not the cpu"),
+        (dict(attention="flashy"), "choose from auto, triton, sdpa, flash, reference"),
         (dict(num_sampling_steps=1), "--num_sampling_steps 1"),
         (dict(sample_method="FlowMatchEulerDiscrete", model_path="run"), "rectified flow"),
         (dict(prediction_type="epsilon", model_path="run"), "contradicts the checkpoint's recipe"),
@@ -288,6 +290,15 @@ def test_prompt_files_are_told_from_prompts(tmp_path):
     assert read_prompts(["a hand writes notes.txt"]) == ["a hand writes notes.txt"]
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts(["missing.txt"])
+
+
+@pytest.mark.parametrize("attention, told", [("auto", "reference"), ("sdpa", "sdpa"), ("triton", "triton")])
+def test_attention_is_chosen_and_told(flags, capsys, attention, told):
+    folder = run(flags, attention=attention)
+    assert json.loads((folder / "DDIM_0_gs3.0_s2.json").read_text())["attention"] == told
+    printed = capsys.readouterr().err
+    assert f"  attention: {told}\n" in printed and f"attention: {told} (" in printed
+    assert " serves self-attention of blocks 0-1 (full), and cross-attention of all\n" in printed
 
 
 def test_compile_reaches_every_block(flags, monkeypatch):

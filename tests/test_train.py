@@ -161,6 +161,30 @@ def test_options_train(train, options):
     assert (output / f"checkpoint-{len(lines)}" / "model_ema").is_dir() == options.get("use_ema", True)
 
 
+def test_attention_is_chosen_and_told(train):
+    chosen, printed = train("chosen", attention="sdpa")
+    served = "self-attention of blocks 0-1 (full), 2 (single skip), 3 (group skip), and cross-attention of all"
+    assert f"attention: sdpa (fused PyTorch kernels) serves {served}\n" in printed
+    default, printed = train("default")
+    assert f"attention: reference (plain PyTorch) serves {served}\n" in printed
+    losses = [[line["loss"] for line in history(output)] for output in (chosen, default)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_deterministic_runs_are_equal_and_the_flag_ends_with_the_run(train):
+    def determined(name: str) -> dict[str, bytes]:
+        output, _ = train(name, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        return tensors(output / "checkpoint-4")
+
+    try:
+        assert determined("first") == determined("second")
+        train("third", max_train_steps=1)
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_starting_anew_or_from_the_wrong_place_is_refused(train):
     train()
     with pytest.raises(UserError, match=r"already holds checkpoint-4.*--resume_from_checkpoint latest"):
@@ -235,6 +259,7 @@ def test_a_fresh_model_depends_on_the_seed_alone(train):
         (dict(sp_size=2), "--sp_size 2"),
         (dict(device="gpu"), "--device"),
         (dict(use_8bit_adam=True), "--use_8bit_adam"),
+        (dict(attention="flash", mixed_precision="bf16"), "--attention flash needs an NVIDIA GPU, not the cpu"),
     ],
 )
 def test_bad_settings_end_in_one_sentence(train, changed, words):

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from osp_fast.kernels.adaln import gate_residual_ref, norm_modulate_ref
 from osp_fast.kernels.rope3d import rope3d_table
-from osp_fast.models.attention import CrossAttention, SelfAttention
+from osp_fast.models.attention import CrossAttention, SelfAttention, VisibleKeys, describe_attention
+from osp_fast.models.attention_backends import select_attention
 from osp_fast.models.weights import PretrainedModel
 from osp_fast.seeding import torch_generator
 
@@ -130,15 +131,15 @@ class Block(nn.Module):
         x: Tensor,
         time: Tensor,
         rope: tuple[Tensor, Tensor],
-        token_mask: Tensor | None,
+        tokens: VisibleKeys,
         text: Tensor,
-        text_mask: Tensor | None,
+        text_tokens: VisibleKeys,
     ) -> Tensor:
-        """x (B, N, d), time (B, 6, d), text (B, L, d); masks (B, N) and (B, L), true = real, or None."""
+        """x (B, N, d), time (B, 6, d), text (B, L, d); which of N and L are real."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.scale_shift_table + time).unbind(1)
         modulated = norm_modulate_ref(x, shift_a, scale_a, self.norm1.eps, self.norm1.weight, self.norm1.bias)
-        x = gate_residual_ref(x, gate_a, self.self_attention(modulated, rope, token_mask))
-        x = x + self.cross_attention(x, text, text_mask)
+        x = gate_residual_ref(x, gate_a, self.self_attention(modulated, rope, tokens))
+        x = x + self.cross_attention(x, text, text_tokens)
         modulated = norm_modulate_ref(x, shift_f, scale_f, self.norm2.eps, self.norm2.weight, self.norm2.bias)
         return gate_residual_ref(x, gate_f, self.ff(modulated))
 
@@ -210,6 +211,22 @@ class DiT(PretrainedModel):
                 drawn = torch.randn(parameter.shape, generator=torch_generator("init", seed, name))
                 parameter.copy_(drawn / self.config.width**0.5)
 
+    def use_attention(self, name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "DiT":
+        """Choose what computes attention: auto, triton, sdpa, flash or reference (`--attention`). Returns the model.
+
+        It will run on `device` in `dtype`, by default those of the weights; autocast or a later move may say otherwise.
+        Raises `UserError` where the choice cannot serve. Until this is called each call goes by its device.
+        """
+        weight = self.proj_out.weight
+        backend = select_attention(name, device or weight.device, dtype or weight.dtype, self.config.attention_head_dim)
+        for block in self.transformer_blocks:
+            block.self_attention.backend = block.cross_attention.backend = backend
+        return self
+
+    def attention_summary(self) -> str:
+        """Which attention serves which block, in words."""
+        return describe_attention((block.self_attention, block.cross_attention) for block in self.transformer_blocks)
+
     def forward(
         self,
         latents: Tensor,
@@ -240,8 +257,9 @@ class DiT(PretrainedModel):
         token_mask = None
         if latent_mask is not None:
             token_mask = F.max_pool3d(latent_mask[:, None].float(), patch).flatten(1).bool()
+        tokens, text_tokens = VisibleKeys.from_mask(token_mask), VisibleKeys.from_mask(text_mask)
         for block in self.transformer_blocks:
-            arguments = (x, time, rope, token_mask, text, text_mask)
+            arguments = (x, time, rope, tokens, text, text_tokens)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -1,5 +1,6 @@
 """The networks of a training run, on its device and in its precision."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -14,6 +15,8 @@ from osp_fast.models.dit import DIT_CONFIGS, DiT, DiTConfig
 from osp_fast.models.text_encoder import TextEncoder, find_folder
 from osp_fast.models.wfvae import WFVAE
 
+# With these, cuBLAS adds up in the same order each time, also where several streams share its workspace.
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 # Flags that replace values of a DiT folder's config.json.
 OVERRIDES = ("interpolation_scale_t", "interpolation_scale_h", "interpolation_scale_w", "sparse1d", "sparse_n")
 # Values that the tensors do not depend on: here a folder may differ from what `--model` names.
@@ -24,6 +27,26 @@ def set_precision(model: ModelConfig) -> None:
     """Let float32 products and convolutions on NVIDIA GPUs use TF32, or not (`--allow_tf32`); for the whole process."""
     torch.backends.cuda.matmul.allow_tf32 = model.allow_tf32
     torch.backends.cudnn.allow_tf32 = model.allow_tf32
+
+
+def set_determinism(deterministic: bool, device: torch.device) -> None:
+    """Let PyTorch and the kernels use deterministic algorithms only, or any (`--deterministic`); for the whole process.
+
+    To be called before the first product on a GPU. Raises `UserError` if the environment contradicts the flag.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic and device.type == "cuda":
+        workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", DETERMINISTIC_WORKSPACES[0])
+        if workspace not in DETERMINISTIC_WORKSPACES:
+            raise UserError(
+                f"--deterministic does not go with CUBLAS_WORKSPACE_CONFIG={workspace}: unset it, or set it to"
+                f" {' or '.join(DETERMINISTIC_WORKSPACES)}"
+            )
+
+
+def compute_dtype(model: ModelConfig) -> torch.dtype:
+    """What `--mixed_precision` lets products and attention run in; also the dtype of the frozen networks."""
+    return torch.bfloat16 if model.mixed_precision == "bf16" else torch.float32
 
 
 def check_folders(model: ModelConfig) -> None:
@@ -42,7 +65,8 @@ def build_dit(config: TrainConfig, checkpoint: Path | None, device: torch.device
     """The DiT to train, float32: from a checkpoint's `model`, else from `--pretrained`, else fresh by `--seed`.
 
     Raises:
-        UserError: the folder does not hold the architecture that `--model` names, or does not load strictly.
+        UserError: the folder does not hold the architecture that `--model` names, or does not load strictly; or
+            `--attention` cannot serve it.
     """
     model = config.model
     overrides = {name: getattr(model, name) for name in OVERRIDES if getattr(model, name) is not None}
@@ -53,7 +77,7 @@ def build_dit(config: TrainConfig, checkpoint: Path | None, device: torch.device
         _check_architecture(Path(folder), model)
         dit = load_trainable(Path(folder), device, **overrides)
     dit.gradient_checkpointing = model.gradient_checkpointing
-    return dit.train()
+    return dit.use_attention(model.attention, device, compute_dtype(model)).train()
 
 
 def load_trainable(folder: Path, device: torch.device | str = "cpu", **overrides: Any) -> DiT:
@@ -82,7 +106,7 @@ def _check_architecture(folder: Path, model: ModelConfig) -> None:
 
 def build_vae(model: ModelConfig, dit: DiT, device: torch.device) -> WFVAE:
     """The VAE, frozen: bf16 with `--mixed_precision bf16` unless `--vae_fp32`. Raises `UserError`."""
-    dtype = torch.float32 if model.vae_fp32 else _frozen_dtype(model)
+    dtype = torch.float32 if model.vae_fp32 else compute_dtype(model)
     with naming("--ae_path"):
         vae = WFVAE.from_pretrained(find_folder(model.ae_path, model.cache_dir), dtype, device)
     if vae.config.latent_dim != dit.config.in_channels:
@@ -95,7 +119,7 @@ def build_vae(model: ModelConfig, dit: DiT, device: torch.device) -> WFVAE:
 
 def build_text_encoder(model: ModelConfig, dit: DiT, device: torch.device) -> TextEncoder:
     """The text encoder, frozen, in bf16 with `--mixed_precision bf16`. Raises `UserError`."""
-    name, dtype = model.text_encoder_name_1, _frozen_dtype(model)
+    name, dtype = model.text_encoder_name_1, compute_dtype(model)
     with naming("--text_encoder_name_1"):
         encoder = TextEncoder.from_pretrained(name, dtype, device, model.model_max_length, model.cache_dir)
     if encoder.width != dit.config.caption_channels:
@@ -104,10 +128,6 @@ def build_text_encoder(model: ModelConfig, dit: DiT, device: torch.device) -> Te
             f" {dit.config.caption_channels}: name the encoder that belongs to it"
         )
     return encoder
-
-
-def _frozen_dtype(model: ModelConfig) -> torch.dtype:
-    return torch.bfloat16 if model.mixed_precision == "bf16" else torch.float32
 
 
 @contextmanager

@@ -38,13 +38,17 @@ def run(dit: DiT, io: dict[str, torch.Tensor], latents: torch.Tensor) -> torch.T
     return dit(latents, io["timestep"], io["text"], io["text_mask"], io["latent_mask"])
 
 
-def test_golden_output(dit, io):
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "reference"])
+def test_golden_output(dit, io, attention):
+    dit.use_attention(attention)
     with torch.no_grad():
         assert relative(run(dit, io, io["latents"]), io["output"]) < 2e-6
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_golden_gradients(dit, io, checkpointing):
+def test_golden_gradients(dit, io, checkpointing, attention):
+    dit.use_attention(attention)
     dit.gradient_checkpointing = checkpointing
     latents = io["latents"].clone().requires_grad_()
     (run(dit, io, latents) * io["grad_output"]).sum().backward()

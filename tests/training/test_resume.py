@@ -20,6 +20,7 @@ SILENT = {
     "model.pretrained",
     "model.cache_dir",
     "model.enable_tiling",
+    "model.attention",
     "model.gradient_checkpointing",
     "model.allow_tf32",
     "optimizer.optimizer",
@@ -35,6 +36,7 @@ SILENT = {
     "run.offload_ema",
     "run.sp_size",
     "run.train_sp_batch_size",
+    "run.deterministic",
     "run.device",
 }
 
