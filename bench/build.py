@@ -79,6 +79,7 @@ def static_row(op: str, build: KernelBuild) -> dict[str, Any]:
     shared: bytes of shared memory per block
     instructions: per class of `sass.CLASSES`; loop_instructions: those in innermost loops; loops: for each of them
     warps: per block, with those that warp specialisation adds
+    tensor_memory: columns of it that a block needs on sm_100; with too many Triton compiles a trap and nothing else
     missing: opcodes of `build.expects` that the binary does not have
     """
     compiled = compile_build(build)
@@ -102,6 +103,7 @@ def static_row(op: str, build: KernelBuild) -> dict[str, Any]:
         "stack": _resource(usage, "STACK"),
         "register_splits": sass.register_splits(instructions),
         "warps": compiled.metadata.num_warps,
+        "tensor_memory": compiled.metadata.tmem_size,
         "missing": [name for name in build.expects if not sass.count_named(instructions, (name,))],
     }
 

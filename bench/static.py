@@ -21,6 +21,9 @@ from bench.table import format_table
 
 WORKERS = 2
 ERROR_LENGTH = 300
+# What a block may have (CUDA C++ Programming Guide, compute capabilities): bytes, and columns of sm_100's tensor memory
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+TENSOR_MEMORY_COLUMNS = 512
 
 
 def run_static(specs: Sequence[OpSpec], archs: Sequence[int], json_file: Path | None) -> int:
@@ -76,6 +79,10 @@ def row_faults(row: dict[str, Any]) -> list[str]:
     faults = []
     if row["spills"]:
         faults.append(f"{name} {row['spills']} instructions spill registers, {row['stack']} bytes of stack")
+    if row["shared"] > SHARED_MEMORY[row["arch"]]:
+        faults.append(f"{name} {row['shared']} bytes of shared memory, a block has {SHARED_MEMORY[row['arch']]}")
+    if (row["tensor_memory"] or 0) > TENSOR_MEMORY_COLUMNS:
+        faults.append(f"{name} {row['tensor_memory']} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}")
     return faults + [f"{name} no {missing} in the binary" for missing in row["missing"]]
 
 

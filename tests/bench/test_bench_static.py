@@ -5,6 +5,8 @@ import json
 import pytest
 import triton
 
+from bench.static import row_faults
+
 ROW_KEYS = ["op", "kernel", "arch", "config", "registers", "spills", "shared", "instructions"]
 
 
@@ -90,13 +92,22 @@ def test_spills_and_missing_instructions_fail(faulty):
 
 def test_what_does_not_compile_is_an_error_in_its_row(faulty):
     text, rows = faulty
-    assert [row["config"] for row in rows] == ["capped", "broken", "short", "gluon"]
+    assert [row["config"] for row in rows] == ["capped", "broken", "short", "gluon", "large"]
     reasons = ("power of 2", "differ in ['inner']", "signal 6: LLVM ERROR")
-    for row, reason in zip(rows[1:], reasons, strict=True):
+    for row, reason in zip(rows[1:4], reasons, strict=True):
         assert list(row)[:8] == ROW_KEYS and row["registers"] is None
         assert reason in row["error"] and "\n" not in row["error"]
         assert f"FAULT faulty {row['kernel']} sm_80 {row['config']}: {row['error']}" in text
-    assert text.splitlines()[-1] == "4 kernels compiled ahead of time, 5 faults"
+    assert text.splitlines()[-1] == "5 kernels compiled ahead of time, 6 faults"
+
+
+def test_more_memory_than_a_block_has_fails(faulty):
+    text, rows = faulty
+    assert rows[4]["shared"] > 163 * 1024
+    assert f"FAULT faulty product_kernel sm_80 large: {rows[4]['shared']} bytes of shared memory, a block has" in text
+    row = {**rows[4], "arch": "sm_100", "tensor_memory": 624}  # as many columns as the compiler made a trap for
+    (fault,) = row_faults(row)
+    assert fault.endswith("624 columns of tensor memory, there are 512")
 
 
 def test_the_interpreter_cannot_compile(bench):

@@ -85,7 +85,8 @@ def sound_builds(arch):
 
 
 def faulty_builds(arch):
-    """One that spills and lacks what it should have, two that do not compile, one that kills the compiler."""
+    """One that spills and lacks what it should have, two that do not compile, one that kills the compiler, one too
+    large for its architecture."""
     if arch != 80:
         return []
     broken = KernelBuild(broken_kernel, 80, "broken", {"a": "*fp32"}, {}, (), 4, 3)
@@ -93,7 +94,8 @@ def faulty_builds(arch):
     sound = pointer_build(80, ())
     signature = {name: kind for name, kind in sound.signature.items() if name != "inner"}
     short = dataclasses.replace(sound, config="short", signature=signature)
-    return [capped, broken, short, gluon_build(80)]
+    large = dataclasses.replace(sound, config="large", num_stages=9)
+    return [capped, broken, short, gluon_build(80), large]
 
 
 def make_inputs(device, dtype, seed, rows, columns, inner):
