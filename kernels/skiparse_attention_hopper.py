@@ -31,7 +31,6 @@ At the 798 TFLOP/s that a matrix product was measured to reach, a tile of 128 qu
 """
 # ruff: noqa: RUF005 - Triton knows no unpacking
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -382,9 +381,9 @@ def hopper_forward(
 
 def builds(arch: int) -> list[KernelBuild]:
     """What to compile ahead of time, with GluonASTSource: each D in each mode for sm_90, nothing elsewhere."""
-    found = []
-    kernel = skiparse_attention_hopper_fwd_kernel
-    for head_dim, mode in itertools.product(HEAD_DIMS, MODES) if arch == 90 else ():
+    found, kernel = [], skiparse_attention_hopper_fwd_kernel
+    cases = [(head_dim, mode) for head_dim in HEAD_DIMS for mode in MODES if arch == 90]
+    for head_dim, mode in cases:
         plan = make_plan(head_dim, mode, sparse_n=4)
         types = dict(key_lengths="*i32", out="*bf16", lse="*fp32", scale="fp32", plan="constexpr")
         x = torch.empty(1, 16, 1, head_dim, dtype=torch.bfloat16)
