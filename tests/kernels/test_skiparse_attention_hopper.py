@@ -1,6 +1,11 @@
-"""The Hopper kernel in the simulator against float64, the simulator against broken kernels, and the compiled binary."""
+"""The Hopper kernel in the simulator against float64, the simulator against broken kernels, and the compiled binary.
 
+Run as a script on a Hopper GPU it proves the kernel itself: `prove_on_gpu`.
+"""
+
+import functools
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -11,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from osp_fast.kernels import skiparse_attention_hopper as hopper
@@ -31,47 +37,59 @@ def load_file(path: Path, name: str) -> ModuleType:
 simulator = load_file(SIMULATOR, "gluon_simulator")
 
 
-def make_inputs(batch, tokens, heads, head_dim, dtype, seed):
+def make_inputs(batch, tokens, heads, head_dim, dtype, seed, device="cpu"):
     """q, k, v: slices of one projection, whose memory holds NaN wherever the kernel has no business."""
-    generator = torch.Generator().manual_seed(seed)
-    fused = torch.full((batch, tokens + 5, 3, heads, head_dim), torch.nan, dtype=dtype)
-    fused[:, :tokens] = torch.randn((batch, tokens, 3, heads, head_dim), generator=generator).to(dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    fused = torch.full((batch, tokens + 5, 3, heads, head_dim), torch.nan, dtype=dtype, device=device)
+    drawn = torch.randn((batch, tokens, 3, heads, head_dim), generator=generator, device=device)
+    fused[:, :tokens] = drawn.to(dtype)
     return fused[:, :tokens].unbind(2)
 
 
+def sets_of(token, mode, sparse_n):
+    """The number of each token's set."""
+    return {"full": token * 0, "single": token % sparse_n, "group": token // sparse_n % sparse_n}[mode]
+
+
 def expected(q, k, v, mode, sparse_n, key_lengths):
-    """out (B, N, H, D) and the log-sum-exp (B, N, H) in float64, by the definition of the sets."""
-    token = torch.arange(q.shape[1])
-    sets = {"full": token * 0, "single": token % sparse_n, "group": token // sparse_n % sparse_n}[mode]
+    """out (B, N, H, D) and the log-sum-exp (B, H, S, longest set) in float64, by the definition of the sets."""
+    token = torch.arange(q.shape[1], device=q.device)
+    sets = sets_of(token, mode, sparse_n)
     seen = (sets[:, None] == sets[None, :]).expand(len(q), -1, -1)
     if key_lengths is not None:
         seen = seen & (token < key_lengths[:, None])[:, None, :]
     q, k, v = (x.double() for x in (q, k, v))
     scores = torch.einsum("bnhd,bmhd->bnhm", q, k) / q.shape[3] ** 0.5
     scores = scores.masked_fill(~seen[:, :, None, :], -torch.inf)
+    by_token = scores.logsumexp(-1)
+    members = [by_token[:, sets == number].transpose(1, 2) for number in range(1 if mode == "full" else sparse_n)]
+    longest = members[0].shape[2]
+    lse = [torch.nn.functional.pad(of_set, (0, longest - of_set.shape[2]), value=-torch.inf) for of_set in members]
     weights = torch.nan_to_num(scores.softmax(-1), 0.0)
-    return torch.einsum("bnhm,bmhd->bnhd", weights, v), scores.logsumexp(-1), sets
+    return torch.einsum("bnhm,bmhd->bnhd", weights, v), torch.stack(lse, 2)
+
+
+def compare(out, lse, reference, reference_lse):
+    """Every row of out within rounding of its reference's norm; lse to float32."""
+    error = (out.double() - reference).norm(dim=-1)
+    assert (error <= ROW_TOLERANCE[out.dtype] * reference.norm(dim=-1)).all(), f"worst row off by {error.max():.2g}"
+    torch.testing.assert_close(lse.double(), reference_lse, rtol=1e-5, atol=1e-5)
 
 
 def check(
     module, mode, sparse_n, batch, tokens, heads, head_dim, key_lengths=None, dtype=torch.bfloat16, seed=0, **plan
 ):
-    """Simulate one call and compare; `plan` shrinks blocks."""
+    """Simulate one call and compare; `plan` has block sizes, by default small ones."""
     q, k, v = make_inputs(batch, tokens, heads, head_dim, dtype, seed)
     key_lengths = None if key_lengths is None else torch.tensor(key_lengths, dtype=torch.int32)
     sizes = replace(module.make_plan(head_dim, mode, sparse_n), **{"rows": 16, "keys": 32, **plan})
     arguments = module.kernel_arguments(q, k, v, key_lengths, sizes)
     out, lse = arguments["out"].fill_(torch.nan), arguments["lse"]
-    reference, reference_lse, sets = expected(q, k, v, mode, sparse_n, key_lengths)
-    in_set_order = torch.full(lse.shape, -torch.inf, dtype=torch.float64)
-    for number in range(lse.shape[2]):
-        of_set = reference_lse[:, sets == number].transpose(1, 2)
-        in_set_order[:, :, number, : of_set.shape[2]] = of_set
-        lse[:, :, number, : of_set.shape[2]] = torch.nan
+    assert (lse == -torch.inf).all()  # what stays past the end of a shorter set
+    first = lse[:, :, 0].fill_(torch.nan)  # set 0 is the longest: all of its rows are written
     simulator.simulate(module.skiparse_attention_hopper_fwd_kernel, 2, arguments, seed)
-    error = (out.double() - reference).norm(dim=-1)
-    assert (error <= ROW_TOLERANCE[dtype] * reference.norm(dim=-1)).all(), f"worst row off by {error.max():.2g}"
-    torch.testing.assert_close(lse.double(), in_set_order, rtol=1e-5, atol=1e-5)
+    assert not first.isnan().any()
+    compare(out, lse, *expected(q, k, v, mode, sparse_n, key_lengths))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -208,3 +226,55 @@ def test_compiles_for_hopper_without_spills(tmp_path):
         end = next(i for i, step in enumerate(after) if step.startswith("WARPGROUP"))
         assert after[end].endswith("gsb0, 0x0") and after[:end].count("MUFU.EX2") >= 64
     assert len(waits) == 2  # one loop for each warpgroup
+
+
+CLIPS = (21_120, 28_800, 38_400, 86_400)  # tokens: 93x352x640, 93x480x640, 93x640x640, 93x720x1280
+SKIPS = (("full", 1), ("single", 4), ("group", 4))
+
+
+def run_poisoned(*call):
+    """`hopper_forward`, its outputs likely in memory that held NaN: the allocator hands a freed block out again."""
+    torch.full_like(call[0], torch.nan, memory_format=torch.contiguous_format)
+    return hopper.hopper_forward(*call)
+
+
+def prove_on_gpu(device: str = "cuda", clips: tuple[int, ...] = CLIPS, heads: int = 24) -> None:
+    """Small calls against float64; on the model's clips sampled rows, ten equal repetitions, and times beside SDPA."""
+    for (mode, sparse_n), head_dim in itertools.product((*SKIPS, ("single", 3), ("group", 2)), hopper.HEAD_DIMS):
+        for size, dtype in itertools.product((1, 60, 389, 2053), hopper.DTYPES):
+            tokens = -(-size // sparse_n) * sparse_n if mode == "group" else size
+            q, k, v = make_inputs(2, tokens, 2, head_dim, dtype, seed=size, device=device)
+            for lengths in (None, torch.tensor([tokens // 2 + 1, 0], dtype=torch.int32, device=device)):
+                compare(
+                    *run_poisoned(q, k, v, mode, sparse_n, lengths),
+                    *expected(q, k, v, mode, sparse_n, lengths),
+                )
+    print("small calls agree with float64")
+    for tokens, (mode, sparse_n) in itertools.product(clips, SKIPS):
+        q, k, v = make_inputs(1, tokens, heads, 96, torch.bfloat16, seed=tokens, device=device)
+        out, lse = run_poisoned(q, k, v, mode, sparse_n)
+        for _ in range(10):
+            again = run_poisoned(q, k, v, mode, sparse_n)
+            assert torch.equal(out, again[0]) and torch.equal(lse, again[1]), "a second run differs: a race"
+        numbers = sets_of(torch.arange(tokens, device=device), mode, sparse_n)
+        for row in (0, 1, tokens // 2 + 3, tokens - 2, tokens - 1):
+            members = numbers == numbers[row]
+            scores = torch.einsum("hd,mhd->hm", q[0, row].double(), k[0, members].double()) / 96**0.5
+            reference = torch.einsum("hm,mhd->hd", scores.softmax(-1), v[0, members].double())
+            error = (out[0, row].double() - reference).norm(dim=-1) / reference.norm(dim=-1)
+            assert (error < ROW_TOLERANCE[out.dtype]).all(), f"{mode} {tokens}: row {row} off by {error.max():.2g}"
+        order = torch.argsort(numbers, stable=True)
+        gathered = [x[0, order].unflatten(0, (sparse_n, -1)).transpose(1, 2).contiguous() for x in (q, k, v)]
+        flops = 4 * heads * 96 * tokens * tokens / sparse_n
+        ours = triton.testing.do_bench(
+            functools.partial(hopper.hopper_forward, q, k, v, mode, sparse_n), quantiles=[0.5]
+        )
+        sdpa = triton.testing.do_bench(
+            functools.partial(torch.nn.functional.scaled_dot_product_attention, *gathered), quantiles=[0.5]
+        )
+        rates = f"{flops / ours / 1e9:.0f} TFLOP/s, SDPA on gathered inputs {flops / sdpa / 1e9:.0f}"
+        print(f"{tokens} tokens, {mode}: {ours:.3f} ms, {rates}")
+
+
+if __name__ == "__main__":
+    prove_on_gpu()
