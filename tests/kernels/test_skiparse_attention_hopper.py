@@ -185,6 +185,8 @@ def test_unfit_calls_are_refused():
     with pytest.raises(ValueError, match="16 bytes"):
         odd = torch.zeros(1, 12, 2 * 96 + 4, dtype=torch.bfloat16)[..., : 2 * 96].unflatten(2, (2, 96))
         hopper.hopper_forward(odd, odd, odd, "full")
+    with pytest.raises(ValueError, match="int32"):
+        hopper.hopper_forward(x, x, x, "full", 1, torch.tensor([3, 4], dtype=torch.int32))
     assert not hopper.supports(torch.float32, 96, "full", 1, 10)
     assert not hopper.supports(torch.bfloat16, 48, "full", 1, 10)
     assert not hopper.supports(torch.bfloat16, 96, "group", 3, 9)
