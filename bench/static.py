@@ -77,7 +77,7 @@ def row_faults(row: dict[str, Any]) -> list[str]:
     if "error" in row:
         return [f"{name} {row['error']}"]
     faults = []
-    if row["spills"]:
+    if row["spills"] and not row["may_spill"]:
         faults.append(f"{name} {row['spills']} instructions spill registers, {row['stack']} bytes of stack")
     if row["shared"] > SHARED_MEMORY[row["arch"]]:
         faults.append(f"{name} {row['shared']} bytes of shared memory, a block has {SHARED_MEMORY[row['arch']]}")

@@ -121,4 +121,5 @@ def skiparse_attention_fwd_kernel(
             out_base, tokens, inside, heads * D, out_low / total[:, None], out_high / total[:, None], LOW, HIGH, D
         )
         row = (sample64 * heads + head) * SETS + skip_set
-        tl.store(lse + row * positions + position, (highest + tl.log2(total)) * LN2, mask=inside)
+        row_lse = tl.where(inside, (highest + tl.log2(total)) * LN2, float("-inf"))
+        tl.store(lse + row * positions + position, row_lse, mask=position < positions)

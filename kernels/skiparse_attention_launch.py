@@ -51,9 +51,11 @@ def choose_version(arch: int, dtype: torch.dtype, head_dim: int, mode: str, spar
 
 def fits_descriptor(x: Tensor) -> bool:
     """Whether x (B, N, H, D) may be viewed through a descriptor: heads side by side, all starts on 16 bytes."""
+    batch, _, heads, head_dim = x.shape
     batch_stride, token_stride, head_stride, channel_stride = x.stride()
-    aligned = all(stride * x.element_size() % 16 == 0 for stride in (batch_stride, token_stride))
-    return channel_stride == 1 and head_stride == x.shape[3] and aligned and x.data_ptr() % 16 == 0
+    side_by_side = channel_stride == 1 and (heads == 1 or head_stride == head_dim)
+    strides = (token_stride,) if batch == 1 else (batch_stride, token_stride)
+    return side_by_side and all(n % 16 == 0 for n in (x.data_ptr(), *(x.element_size() * n for n in strides)))
 
 
 def attention_forward(
@@ -103,13 +105,15 @@ def attention_backward(
     version: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, contiguous and in their type. Without descriptors it is always deterministic."""
-    q, k, v, out_grad = (_channels_last(x) for x in (q, k, v, out_grad))
+    q, k, v = (_channels_last(x) for x in (q, k, v))
     out = out.contiguous()
+    if not fits_descriptor(out_grad):  # a copy costs less than a backward without descriptors
+        out_grad = out_grad.contiguous()
     k_grad, v_grad = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     q_grad = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel() == 0 or k.numel() == 0:
         return q_grad.zero_(), k_grad.zero_(), v_grad.zero_()
-    call, constants = _call(q, k, v, mode, sparse_n, key_mask, key_lengths, version, out_grad)
+    call, constants = _call(q, k, v, mode, sparse_n, key_mask, key_lengths, version)
     batch, queries, heads, head_dim = q.shape
     keys = k.shape[1]
     sets, positions = constants["SETS"], longest_set(queries, mode, sparse_n)
@@ -157,11 +161,10 @@ def _call(
     key_mask: Tensor | None,
     key_lengths: Tensor | None,
     version: str,
-    *others: Tensor,
 ) -> tuple[tuning.Call, dict]:
     """What the configuration depends on, and the kernels' constants. Raises ValueError for a version that cannot be."""
     head_dim, arch = q.shape[3], architecture(q.device)
-    expressible = all(fits_descriptor(x) for x in (q, k, v, *others))
+    expressible = all(fits_descriptor(x) for x in (q, k, v))
     if version == "auto":
         version = choose_version(arch, q.dtype, head_dim, mode, sparse_n) if expressible else "pointer"
     elif version == "descriptor" and not (

@@ -32,6 +32,7 @@ class KernelBuild:
     constants: argument name -> value, for the constexpr arguments
     aligned: names of pointers and integers that may be taken as multiples of 16, as they are when launched
     expects: instructions that the binary must hold, ("HGMMA", "UTMALDG"); the static report fails without them
+    may_spill: spills are reported but no fault, as on an architecture that is compiled for and not yet tuned for
     """
 
     kernel: Any
@@ -44,6 +45,7 @@ class KernelBuild:
     num_stages: int
     expects: tuple[str, ...] = ()
     maxnreg: int | None = None
+    may_spill: bool = False
 
 
 @dataclass(frozen=True)

@@ -42,18 +42,18 @@ class Call:
 
 
 KERNELS = ("forward", "keys", "queries")
-_forced: ContextVar[dict[str, Config]] = ContextVar("forced", default={})
+_forced: ContextVar[dict[str, Config] | None] = ContextVar("forced", default=None)
 
 
 def choose(kernel: str, call: Call) -> Config:
     """The configuration of one of `KERNELS` of skiparse attention."""
-    return _forced.get().get(kernel) or candidates(kernel, call)[0]
+    return (_forced.get() or {}).get(kernel) or candidates(kernel, call)[0]
 
 
 @contextmanager
 def forced(kernel: str, config: Config) -> Iterator[None]:
     """Within it `choose` gives `config` for `kernel`."""
-    token = _forced.set({**_forced.get(), kernel: config})
+    token = _forced.set({**(_forced.get() or {}), kernel: config})
     try:
         yield
     finally:
@@ -65,7 +65,11 @@ def candidates(kernel: str, call: Call) -> list[Config]:
     if call.arch == 0:
         return [_INTERPRETED[kernel]]
     if call.dtype == torch.float32:
-        return _FLOAT32[kernel]
+        return [_FLOAT32[kernel]]
+    if call.arch >= 100 and call.descriptors:
+        return _BLACKWELL[kernel]
+    if kernel == "keys" and call.head_dim <= 48 and not call.descriptors:
+        return [Config(32, 32, 16, 8, 2) if call.masked else Config(32, 64, 16, 4, 2)]
     table = _HOPPER if call.descriptors else _POINTERS
     return table[kernel, call.head_dim > 96, call.masked]
 
@@ -76,8 +80,18 @@ _INTERPRETED = {
     "keys": Config(16, 32, 16, 4, 1),
     "queries": Config(32, 16, 16, 4, 1),
 }
-_FLOAT32 = dict.fromkeys(KERNELS, [Config(32, 32, 16, 4, 1), Config(32, 32, 16, 4, 2), Config(64, 32, 16, 4, 1)])
-# (kernel, head dimension above 96, masked): with descriptors, on sm_90 and sm_100
+_FLOAT32 = {
+    "forward": Config(32, 16, 16, 4, 1),
+    "keys": Config(32, 16, 16, 4, 1),
+    "queries": Config(32, 32, 16, 4, 1),
+}
+# Compiled, never timed: larger blocks want more than the 512 columns of tensor memory.
+_BLACKWELL = {
+    "forward": [Config(128, 64, 16, 8, 3), Config(128, 64, 16, 8, 2)],
+    "keys": [Config(64, 64, 16, 8, 2), Config(64, 64, 16, 4, 2)],
+    "queries": [Config(128, 64, 16, 8, 2), Config(64, 64, 16, 4, 2)],
+}
+# (kernel, head dimension above 96, masked): with descriptors, on sm_90
 _HOPPER = {
     ("forward", False, False): [Config(128, 128, 16, 8, 2), Config(128, 64, 16, 8, 3), Config(128, 64, 16, 8, 4)],
     ("forward", False, True): [Config(128, 64, 16, 8, 3), Config(128, 64, 16, 8, 2)],
@@ -95,11 +109,11 @@ _HOPPER = {
 # with pointers, on sm_80 and newer
 _POINTERS = {
     ("forward", False, False): [Config(128, 64, 16, 8, 3), Config(64, 64, 16, 4, 2), Config(128, 32, 16, 8, 3)],
-    ("forward", False, True): [Config(64, 64, 16, 4, 2), Config(128, 32, 16, 8, 3)],
-    ("forward", True, False): [Config(64, 64, 16, 4, 2), Config(128, 64, 16, 8, 2)],
-    ("forward", True, True): [Config(64, 32, 16, 4, 2), Config(64, 64, 16, 4, 2)],
+    ("forward", False, True): [Config(128, 32, 16, 8, 3), Config(64, 32, 16, 4, 2)],
+    ("forward", True, False): [Config(64, 32, 16, 4, 3), Config(128, 32, 16, 8, 3), Config(64, 64, 16, 4, 2)],
+    ("forward", True, True): [Config(64, 32, 16, 4, 3), Config(64, 32, 16, 4, 2)],
     ("keys", False, False): [Config(32, 64, 16, 8, 2), Config(64, 64, 16, 8, 2), Config(64, 128, 16, 8, 2)],
-    ("keys", False, True): [Config(32, 64, 16, 8, 2), Config(64, 64, 16, 8, 2)],
+    ("keys", False, True): [Config(32, 32, 16, 8, 2), Config(32, 64, 16, 8, 2)],
     ("keys", True, False): [Config(64, 64, 16, 8, 2), Config(64, 128, 16, 8, 2)],
     ("keys", True, True): [Config(64, 64, 16, 8, 2), Config(32, 64, 16, 8, 2)],
     ("queries", False, False): [Config(128, 64, 16, 8, 2), Config(128, 32, 16, 8, 2), Config(64, 64, 16, 4, 2)],

@@ -25,7 +25,15 @@ ALLOWED = {
 }
 ENTRY_POINTS = {"train", "sample", "inspect", "demo"}
 BENCH_MAY_NOT_IMPORT = {"tests", "kernels", "av", "PIL", "diffusers", "transformers", "tensorboard"}
-KERNELS_MAY_IMPORT = {"torch", "triton", "math", "os", "collections", "dataclasses", "typing", "osp_fast"}
+KERNELS_MAY_IMPORT = {"torch", "triton", "osp_fast"} | {
+    "collections",
+    "contextlib",
+    "contextvars",
+    "dataclasses",
+    "math",
+    "os",
+    "typing",
+}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -1,25 +1,93 @@
-"""The skiparse reference against a direct float64 computation from the definition of the sets."""
+"""Skiparse attention: the reference against the definition of the sets, the Triton kernels against float64."""
+
+import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from osp_fast.kernels.skiparse_attention import skiparse_attention, skiparse_attention_ref
+from osp_fast.kernels import skiparse_attention as op
+from osp_fast.kernels import tuning
+from osp_fast.kernels.skiparse_attention import (
+    attention_flops,
+    serving_version,
+    skiparse_attention,
+    skiparse_attention_ref,
+    skiparse_attention_triton,
+)
+from osp_fast.kernels.skiparse_attention_launch import attention_forward, choose_version, fits_descriptor
+from osp_fast.kernels.skiparse_attention_spec import SPEC, make_inputs
+from osp_fast.kernels.skiparse_sets import count_sets, longest_set, split_head_dim
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+FORWARD, GRADIENTS = SPEC.tolerances[torch.float32]
 
 
-def by_definition(q, k, v, mode, sparse_n, key_mask=None):
-    """Dense attention with the mask "same set and visible", every product in float64."""
-    place = torch.arange(q.shape[1])
-    group = {"full": 0 * place, "single": place % sparse_n, "group": place // sparse_n % sparse_n}[mode]
+def sets_of(tokens: int, mode: str, sparse_n: int) -> torch.Tensor:
+    """The set of every token, from the definition."""
+    place = torch.arange(tokens)
+    return {"full": 0 * place, "single": place % sparse_n, "group": place // sparse_n % sparse_n}[mode]
+
+
+def visible_pairs(q, k, mode, sparse_n, key_mask=None, key_lengths=None):
+    """(B, N, M): which query may see which key."""
     visible = torch.ones(q.shape[0], q.shape[1], k.shape[1], dtype=torch.bool)
     if mode != "full":
+        group = sets_of(q.shape[1], mode, sparse_n)
         visible &= group[:, None] == group[None]
     if key_mask is not None:
         visible &= key_mask[:, None].bool()
+    if key_lengths is not None:
+        visible &= (torch.arange(k.shape[1]) < key_lengths[:, None])[:, None]
+    return visible
+
+
+def by_definition(q, k, v, mode, sparse_n, key_mask=None, key_lengths=None):
+    """Dense attention with the mask "same set and visible", every product in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    visible = visible_pairs(q, k, mode, sparse_n, key_mask, key_lengths)[:, None]
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
-    weights = torch.exp(scores - scores.amax(-1, keepdim=True)) * visible[:, None]
+    scores = scores.masked_fill(~visible, -1e300)  # 300 orders below any score: exp is zero unless all are hidden
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True)) * visible
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
     return torch.einsum("bhnm,bmhd->bnhd", weights, v)
+
+
+def output_and_gradients(function, q, k, v, weight, *arguments):
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = function(q, k, v, *arguments)
+    return (out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v)))
+
+
+def relative_error(found, expected, floor=1e-12):
+    return float((found.double() - expected).norm() / expected.norm().clamp_min(floor))
+
+
+def assert_close(found, expected):
+    """Within the tolerances of the spec. A gradient that cancels (a row that sees one key has dq = 0) leaves the
+    rounding of its summands, and is held to a hundredth of the size of all gradients instead of to nothing.
+    """
+    floor = max(1e-12, float(torch.stack([x.norm() for x in expected[1:]]).norm()) / 100)
+    errors = [relative_error(a, b, floor) for a, b in zip(found[1:], expected[1:], strict=True)]
+    assert relative_error(found[0], expected[0]) <= FORWARD and max(errors, default=0) <= GRADIENTS, errors
+    (out, dq, dk, dv), (expected_out, _, _, expected_dv) = found, expected
+    for ours, zero in ((out, expected_out), (dq, expected_out), (dk, expected_dv), (dv, expected_dv)):
+        assert not ours[zero.abs().sum(-1) == 0].any()  # rows that see nothing, keys that nothing sees
+
+
+def draw_mask(kind: str | None, batch: int, keys: int, generator: torch.Generator):
+    """(key_mask, key_lengths) of a kind."""
+    if kind == "random":
+        return torch.rand(batch, keys, generator=generator) < 0.5, None
+    if kind == "empty":
+        return torch.zeros(batch, keys), None
+    lengths = torch.randint(0, keys + 3, (batch,), generator=generator, dtype=torch.int32)
+    if kind == "lengths":
+        return None, lengths
+    if kind == "both":
+        return torch.rand(batch, keys, generator=generator) < 0.7, lengths
+    return None, None
 
 
 @settings(max_examples=60)
@@ -28,46 +96,274 @@ def by_definition(q, k, v, mode, sparse_n, key_mask=None):
     tokens=st.integers(1, 67),
     heads=st.integers(1, 3),
     sparse_n=st.sampled_from([1, 2, 3, 4, 6]),
-    mode=st.sampled_from(["full", "single", "group"]),
-    mask=st.sampled_from([None, "tail", "random", "empty"]),
+    mode=st.sampled_from(op.MODES),
+    mask=st.sampled_from([None, "lengths", "random", "empty", "both"]),
     seed=st.integers(0, 2**31),
 )
-def test_forward_and_gradients(batch, tokens, heads, sparse_n, mode, mask, seed):
+def test_reference_forward_and_gradients(batch, tokens, heads, sparse_n, mode, mask, seed):
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(batch, tokens, 3, heads, 12, generator=generator, dtype=torch.float64)
-    q, k, v = (x.detach().requires_grad_() for x in base.unbind(2))  # strided, as a fused projection writes them
-    key_mask = None
-    if mask == "tail":
-        key_mask = torch.arange(tokens)[None].expand(batch, -1) < max(1, tokens // 2)
-    elif mask == "random":
-        key_mask = torch.rand(batch, tokens, generator=generator) < 0.5
-    elif mask == "empty":
-        key_mask = torch.zeros(batch, tokens)
+    arguments = (mode, sparse_n, *draw_mask(mask, batch, tokens, generator))
     weight = torch.randn(batch, tokens, heads, 12, generator=generator, dtype=torch.float64)
-    results = []
-    for function in (skiparse_attention, by_definition):
-        out = function(q, k, v, mode, sparse_n, key_mask)
-        results.append((out, *torch.autograd.grad((out * weight).sum(), (q, k, v))))
-    for found, expected in zip(*results, strict=True):
-        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-10)
+    found = output_and_gradients(skiparse_attention, *base.unbind(2), weight, *arguments)
+    expected = output_and_gradients(by_definition, *base.unbind(2), weight, *arguments)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+# Blocks of queries and keys, and rows at a time of what is left: small, so that short clips have several of each.
+BLOCKS = [tuning.Config(32, 16, 16, 4, 1), tuning.Config(16, 32, 16, 4, 1), tuning.Config(64, 64, 16, 4, 2)]
+
+
+@st.composite
+def token_counts(draw, block: int, sparse_n: int):
+    """1 to 3 blocks, primes, multiples of k and of k squared, and one more or less than those."""
+    base = draw(
+        st.one_of(
+            st.integers(1, 3 * block),
+            st.sampled_from([2, 3, 5, 7, 13, 31, 37, 61, 67, 97]),
+            st.integers(1, 8).map(lambda n: n * sparse_n),
+            st.integers(1, 6).map(lambda n: n * sparse_n * sparse_n),
+        )
+    )
+    return max(1, base + draw(st.sampled_from([0, 0, 0, 1, -1])))
+
+
+# No shrinking: an example takes a second, and what was drawn is printed.
+@settings(max_examples=90, phases=(Phase.explicit, Phase.generate))
+@given(data=st.data())
+def test_kernels_forward_and_gradients(data):
+    """The grid that the operation promises, both versions, both backwards, against float64."""
+    draw = data.draw
+    config = draw(st.sampled_from(BLOCKS))
+    sparse_n = draw(st.sampled_from([1, 2, 3, 4, 6]))
+    mode = draw(st.sampled_from(op.MODES))
+    head_dim = draw(st.sampled_from([24, 32, 48, 64, 96, 128]))
+    tokens = draw(token_counts(max(config.block_m, config.block_n), sparse_n))
+    batch, heads = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)]))
+    kind = draw(st.sampled_from([None, None, "lengths", "random", "empty", "both"]))
+    layout = draw(st.sampled_from(["fused", "separate", "heads first", "channels apart"]))
+    deterministic = draw(st.booleans())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    if layout == "fused":
+        q, k, v = torch.randn(batch, tokens, 3, heads, head_dim, generator=generator).unbind(2)
+    elif layout == "separate":
+        q, k, v = (torch.randn(batch, tokens, heads, head_dim, generator=generator) for _ in range(3))
+    elif layout == "heads first":
+        q, k, v = (torch.randn(batch, heads, tokens, head_dim, generator=generator).transpose(1, 2) for _ in range(3))
+    else:
+        q, k, v = torch.randn(batch, tokens, heads, head_dim, 3, generator=generator).unbind(-1)
+    key_mask, key_lengths = draw_mask(kind, batch, tokens, generator)
+    weight = torch.randn(batch, heads, tokens, head_dim, generator=generator).transpose(1, 2)
+    describable = choose_version(90, torch.bfloat16, head_dim, mode if sparse_n > 1 else "full", sparse_n)
+    fits = layout == "channels apart" or all(fits_descriptor(x) for x in (q, k, v))
+    versions = ["auto", "pointer", "descriptor"] if fits and describable == "descriptor" else ["auto", "pointer"]
+    version = draw(st.sampled_from(versions))
+    arguments = (mode, sparse_n, key_mask, key_lengths)
+    function = functools.partial(skiparse_attention_triton, deterministic=deterministic, version=version)
+    with tuning.forced("forward", config), tuning.forced("keys", config), tuning.forced("queries", config):
+        found = output_and_gradients(function, q, k, v, weight, *arguments)
+    assert_close(found, output_and_gradients(by_definition, q, k, v, weight, *arguments))
+
+
+@pytest.mark.parametrize("version, head_dim", [("pointer", 24), ("descriptor", 48), ("descriptor", 96)])
+def test_cross_attention_has_its_own_length(version, head_dim):
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(3, 45, 2, head_dim, generator=generator)
+    k, v = torch.randn(3, 37, 2, 2, head_dim, generator=generator).unbind(2)
+    weight = torch.randn(q.shape, generator=generator)
+    lengths = torch.tensor([37, 18, 0], dtype=torch.int32)
+    for deterministic in (False, True):
+        function = functools.partial(skiparse_attention_triton, deterministic=deterministic, version=version)
+        found = output_and_gradients(function, q, k, v, weight, "full", 1, None, lengths)
+        assert_close(found, output_and_gradients(by_definition, q, k, v, weight, "full", 1, None, lengths))
+        assert not found[0][2].any() and not found[2][1, 18:].any()
+
+
+@pytest.mark.parametrize("mode", op.MODES)
+@pytest.mark.parametrize("size", [60.0, 1e4])
+def test_large_scores_do_not_overflow(mode, size):
+    """Scores of thousands, all of one sign for some rows: nothing is infinite and gradients stay right."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = torch.randn(1, 41, 3, 1, 32, generator=generator).unbind(2)
+    q, k = q.abs() * size**0.5, -k.abs() * size**0.5
+    mask = torch.arange(41)[None] % 5 != 1
+    weight = torch.randn(q.shape, generator=generator)
+    expected = output_and_gradients(by_definition, q, k, v, weight, mode, 4, mask)
+    for version in ("pointer", "descriptor"):
+        for deterministic in (False, True):
+            function = functools.partial(skiparse_attention_triton, deterministic=deterministic, version=version)
+            found = output_and_gradients(function, q, k, v, weight, mode, 4, mask)
+            assert all(torch.isfinite(x).all() for x in found)
+            # The scores themselves carry a rounding of 2^-24 of their size, and the softmax passes it on.
+            assert relative_error(found[0], expected[0]) <= max(FORWARD, 1e-6 * size)
+
+
+def test_log_sum_exp_is_in_set_order():
+    q, k, v = torch.randn(2, 39, 3, 2, 32, generator=torch.Generator().manual_seed(1)).unbind(2)
+    lengths = torch.tensor([39, 6], dtype=torch.int32)
+    for mode in op.MODES:
+        _, lse = attention_forward(q, k, v, None, lengths, mode, 4 if mode != "full" else 1, "pointer")
+        scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / 32**0.5
+        scores = scores.masked_fill(~visible_pairs(q, k, mode, 4, None, lengths)[:, None], -torch.inf)
+        expected = scores.logsumexp(-1)
+        group = sets_of(39, mode, 4)
+        for skip_set in range(count_sets(mode, 4)):
+            members = expected[..., group == skip_set]
+            assert torch.allclose(lse[:, :, skip_set, : members.shape[-1]], members, atol=1e-5)
+        assert lse.shape[-1] == longest_set(39, mode, 4) == int((group == 0).sum())
+
+
+def test_backward_is_the_same_bits_when_it_should_be():
+    inputs = make_inputs(device="cpu", dtype=torch.float32, seed=0, batch=1, tokens=70, heads=2, head_dim=48,
+                         mode="group", sparse_n=4)  # fmt: skip
+    weight = torch.randn(1, 70, 2, 48, generator=torch.Generator().manual_seed(2))
+
+    def gradients():
+        out = skiparse_attention_triton(**inputs, version="descriptor")
+        return torch.autograd.grad((out * weight).sum(), (inputs["q"], inputs["k"], inputs["v"]))
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = gradients(), gradients()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], gradients()[0])  # the fused sum of dQ rounds in another order: it did run
+
+
+def test_flops_are_those_of_the_pairs_that_see_each_other():
+    for mode in op.MODES:
+        for tokens in (1, 15, 16, 38, 64, 71):
+            q = torch.zeros(2, tokens, 3, 8)
+            pairs = int(visible_pairs(q, q, mode, 4)[0].sum())
+            assert attention_flops(2, tokens, tokens, 3, 8, mode, 4) == 4 * 2 * 3 * 8 * pairs
+
+
+def test_flop_counter_sees_both_directions():
+    inputs = make_inputs(device="cpu", dtype=torch.float32, seed=0, batch=1, tokens=32, heads=2, head_dim=32,
+                         mode="single", sparse_n=4)  # fmt: skip
+    with FlopCounterMode(display=False) as counter:
+        skiparse_attention_triton(**inputs).sum().backward()
+    assert counter.get_total_flops() == 3.5 * 4 * 2 * 32 * 32 * 8
+
+
+@pytest.mark.parametrize("mode", op.MODES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(mode, masked):
+    q, k, v = torch.randn(1, 21, 3, 1, 16).unbind(2)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    mask = torch.rand(1, 21) < 0.6 if masked else None
+    lengths = torch.tensor([17], dtype=torch.int32) if masked else None
+    sparse_n = 1 if mode == "full" else 4
+    arguments = (q, k, v, mask, lengths, mode, sparse_n, True, "pointer")
+    torch.library.opcheck(torch.ops.osp_fast.skiparse_attention.default, arguments)
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse = torch.ops.osp_fast.skiparse_attention(q, k, v, mask, lengths, mode, sparse_n, True, "pointer")
+    arguments = (torch.randn_like(out), q, k, v, out, lse, mask, lengths, mode, sparse_n, True, "pointer")
+    torch.library.opcheck(torch.ops.osp_fast.skiparse_attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize("mode", op.MODES)
+def test_compiles_without_breaks_and_once_for_all_lengths(mode, monkeypatch):
+    monkeypatch.setenv("OSP_FAST_KERNELS", "triton")
+    compiles = []
+
+    def backend(graph, _):
+        compiles.append(graph)
+        return graph
+
+    def attend(qkv):
+        q, k, v = qkv.unbind(2)
+        return skiparse_attention(q, k, v, mode, 4) * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in (32, 37, 48, 64, 33):
+        qkv = torch.randn(2, tokens, 3, 2, 16, requires_grad=True)
+        found = compiled(qkv)
+        expected = attend(qkv)
+        assert torch.equal(found, expected)
+        assert torch.autograd.grad(found.sum(), qkv)[0].shape == qkv.shape
+    assert len(compiles) == 1
+
+
+def test_compiles_with_aot_autograd(monkeypatch):
+    monkeypatch.setenv("OSP_FAST_KERNELS", "triton")
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(1, 40, 2, 32, requires_grad=True) for _ in range(3))
+    compiled = torch.compile(
+        lambda q, k, v: skiparse_attention(q, k, v, "group", 4, deterministic=True), backend="aot_eager", fullgraph=True
+    )
+    found = torch.autograd.grad(compiled(q, k, v).square().sum(), (q, k, v))
+    expected = torch.autograd.grad(skiparse_attention_ref(q, k, v, "group", 4).square().sum(), (q, k, v))
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b.double()) <= GRADIENTS
+
+
+def test_checkpointing_that_saves_the_output_attends_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(op, "attention_forward", lambda *a: calls.append(1) or attention_forward(*a))
+
+    def policy(ctx, function, *args, **kwargs):
+        saved = function == torch.ops.osp_fast.skiparse_attention.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def block(x):
+        q, k, v = (x * 2).sin().unbind(2)
+        return skiparse_attention_triton(q, k, v, "single", 4).cos()
+
+    x = torch.randn(1, 21, 3, 1, 16, requires_grad=True)
+    expected = torch.autograd.grad(block(x).sum(), x)[0]
+    calls.clear()
+    context = functools.partial(create_selective_checkpoint_contexts, policy)
+    out = checkpoint(block, x, use_reentrant=False, context_fn=context)
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], expected) and len(calls) == 1
+    calls.clear()
+    torch.autograd.grad(checkpoint(block, x, use_reentrant=False).sum(), x)
+    assert len(calls) == 2
 
 
 def test_group_skip_of_a_small_case_by_hand():
     """k = 2, eight tokens: group skip has the sets {0, 1, 4, 5} and {2, 3, 6, 7}."""
     q = k = torch.zeros(1, 8, 1, 6)
     v = torch.arange(8.0).view(1, 8, 1, 1).expand(1, 8, 1, 6)
-    out = skiparse_attention(q, k, v, "group", sparse_n=2)[0, :, 0, 0]
-    assert torch.allclose(out, torch.tensor([2.5, 2.5, 4.5, 4.5, 2.5, 2.5, 4.5, 4.5]))
-    out = skiparse_attention(q, k, v, "single", sparse_n=2)[0, :, 0, 0]
-    assert torch.allclose(out, torch.tensor([3.0, 4.0] * 4))
+    for function in (skiparse_attention, skiparse_attention_triton):
+        out = function(q, k, v.contiguous(), "group", sparse_n=2)[0, :, 0, 0]
+        assert torch.allclose(out, torch.tensor([2.5, 2.5, 4.5, 4.5, 2.5, 2.5, 4.5, 4.5]))
+        out = function(q, k, v.contiguous(), "single", sparse_n=2)[0, :, 0, 0]
+        assert torch.allclose(out, torch.tensor([3.0, 4.0] * 4))
 
 
-def test_cross_attention_has_its_own_length():
-    q, k = torch.randn(2, 7, 2, 12, dtype=torch.float64), torch.randn(2, 3, 2, 12, dtype=torch.float64)
-    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
-    out = skiparse_attention_ref(q, k, k, "full", key_mask=mask)
-    assert torch.allclose(out, by_definition(q, k, k, "full", 1, mask))
-    assert torch.equal(out[1], torch.zeros_like(out[1]))
+def test_nothing_to_attend_to():
+    q, k = torch.randn(2, 5, 1, 16, requires_grad=True), torch.randn(2, 0, 1, 16, requires_grad=True)
+    out = skiparse_attention_triton(q, k, k)
+    assert out.shape == q.shape and not out.any()
+    assert not torch.autograd.grad(out.sum(), q)[0].any()
+    assert skiparse_attention_triton(q[:, :0], k, k).shape == (2, 0, 1, 16)
+
+
+def test_head_dimension_is_split_without_padding_where_it_can_be():
+    assert [split_head_dim(d) for d in (24, 32, 48, 64, 96, 128)] == [
+        (16, 16), (32, 0), (32, 16), (64, 0), (64, 32), (128, 0)]  # fmt: skip
+
+
+def test_which_version_serves():
+    half = torch.bfloat16
+    assert choose_version(90, half, 96, "single", 4) == choose_version(100, half, 96, "group", 4) == "descriptor"
+    for case in (
+        (80, half, 96, "single", 4),  # no TMA
+        (120, half, 96, "single", 4),  # a multiprocessor has too little shared memory for these blocks
+        (90, torch.float32, 96, "single", 4),
+        (90, half, 24, "single", 4),  # not a sum of two powers of two of at least 16
+        (90, half, 96, "group", 3),  # a box has powers of two of rows
+    ):
+        assert choose_version(*case) == "pointer"
+    assert serving_version(torch.device("cpu"), half, 96, "group", 4) == "pointer, interpreted"
+    x = torch.zeros(2, 8, 3, 2, 32)
+    assert fits_descriptor(x[:, :, 0]) and not fits_descriptor(x[:, :, 0].transpose(1, 2))
+    assert not fits_descriptor(torch.zeros(2 * 8 * 2 * 32 + 1)[1:].view(2, 8, 2, 32))
 
 
 def test_what_does_not_fit_is_refused():
@@ -77,7 +373,26 @@ def test_what_does_not_fit_is_refused():
         ((x, x, x, "single", 0), "sparse_n"),
         ((x, x[:, :4], x, "full"), "shapes"),
         ((x, x[:, :4], x[:, :4], "single"), "as many keys"),
+        ((x, x.double(), x.double()), "one dtype"),
         ((x, x, x, "full", 4, torch.ones(1, 3)), "key_mask"),
+        ((x, x, x, "full", 4, None, torch.ones(2, dtype=torch.int32)), "key_lengths"),
+        ((x, x, x, "full", 4, None, torch.ones(1)), "int32"),
     ):
+        for function in (skiparse_attention, skiparse_attention_triton):
+            with pytest.raises(ValueError, match=words):
+                function(*arguments)
+    wide = torch.zeros(1, 8, 1, 136)
+    for arguments, words in (((wide, wide, wide), "up to 128"), ((x.double(),) * 3, "not float64")):
         with pytest.raises(ValueError, match=words):
-            skiparse_attention(*arguments)
+            skiparse_attention_triton(*arguments)
+    with pytest.raises(ValueError, match="cannot be read through descriptors"):
+        skiparse_attention_triton(x, x, x, version="descriptor")
+
+
+def test_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setattr("osp_fast.kernels.skiparse_attention_launch.interpreting", lambda: False)
+    x = torch.zeros(1, 8, 1, 16)
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        skiparse_attention_triton(x, x, x)
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        serving_version(torch.device("cpu"), torch.float32, 96, "full", 1)

@@ -1,0 +1,233 @@
+"""The spec of skiparse attention: the calls of the released model, what they cost, and what is compiled for them.
+
+Predicted on one H100 SXM before any measurement, from 132 multiprocessors and a matrix product of 798 TFLOP/s. Forward
+at D = 96: a block of 128 x 128 takes 1,536 clocks of tensor cores, 1,024 of exp2 and about 700 of other arithmetic.
+Two warpgroups of one program overlap these only as far as the hardware's scheduler lets them, hence 420 TFLOP/s.
+Backward, fused: 3,840 clocks of products a block, 1,024 of exp2, about 1,500 of arithmetic and 768 KiB a microsecond
+of additions to L2, hence 380 TFLOP/s. Every tile fills and drains its pipeline once, 2 us.
+"""
+
+import math
+from typing import Any
+
+import torch
+from osp_fast.kernels import tuning
+from osp_fast.kernels.skiparse_attention import attention_flops, skiparse_attention, skiparse_attention_ref
+from osp_fast.kernels.skiparse_attention_backward import (
+    skiparse_attention_bwd_keys_kernel,
+    skiparse_attention_bwd_queries_kernel,
+    skiparse_attention_bwd_rows_kernel,
+)
+from osp_fast.kernels.skiparse_attention_forward import skiparse_attention_fwd_kernel
+from osp_fast.kernels.skiparse_attention_launch import ROWS_BLOCK, choose_version
+from osp_fast.kernels.skiparse_sets import MODE_NUMBER, count_sets, longest_set, split_head_dim
+from osp_fast.kernels.spec import KernelBuild, OpSpec, Shape
+
+MULTIPROCESSORS = 132
+PREDICTED_RATE = {"forward": 420e12, "backward": 380e12}  # FLOP/s inside full tiles
+PREDICTED_BANDWIDTH = 2.7e12  # bytes/s of the passes beside the products
+FILL_SECONDS = 2e-6
+LAUNCH_SECONDS = 5e-6
+
+# Tokens of a clip: latent frames x (height / 16) x (width / 16); 93 frames are 24 latent frames.
+CLIPS = {"93x352x640": 21120, "93x480x640": 28800, "93x640x640": 38400, "93x720x1280": 86400}
+
+
+def _sizes(tokens: int, mode: str, **other: Any) -> dict[str, Any]:
+    return {"batch": 1, "tokens": tokens, "heads": 24, "head_dim": 96, "mode": mode, "sparse_n": 4, **other}
+
+
+SHAPES = (
+    *(
+        Shape(f"{clip} {mode}", _sizes(tokens, mode))
+        for clip, tokens in CLIPS.items()
+        for mode in ("single", "group", "full")
+    ),
+    Shape("93x640x640 cross, 300 of 512", _sizes(38400, "full", keys=512, length=300)),
+    Shape("29x352x640 single", _sizes(7040, "single")),
+    Shape("29x352x640 group", _sizes(7040, "group")),
+    Shape("16 images 640x640 group", _sizes(1600, "group", batch=16)),
+    Shape("16 images 480x480 group, uneven", _sizes(900, "group", batch=16)),
+    Shape("16k full, 16 heads of 128", _sizes(16384, "full", heads=16, head_dim=128)),
+)
+
+
+def make_inputs(
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int,
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    mode: str,
+    sparse_n: int,
+    keys: int | None = None,
+    length: int | None = None,
+) -> dict[str, Any]:
+    """q, k, v as the projections write them: slices of one tensor (of two, with other `keys`). `length`: real keys."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(rows: int, parts: int) -> torch.Tensor:
+        shape = (batch, rows, parts, heads, head_dim)
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    if keys is None:
+        q, k, v = normal(tokens, 3).unbind(2)
+    else:
+        (q,), (k, v) = normal(tokens, 1).unbind(2), normal(keys, 2).unbind(2)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    lengths = None if length is None else torch.full((batch,), length, dtype=torch.int32, device=device)
+    return {"q": q, "k": k, "v": v, "mode": mode, "sparse_n": sparse_n, "key_lengths": lengths}
+
+
+def flops(direction: str, *, batch, tokens, heads, head_dim, mode, sparse_n, keys=None, length=None) -> float:
+    """Operations of the products alone: two forward, five backward (scores again, dP, dQ, dK, dV)."""
+    forward = attention_flops(batch, tokens, length or keys or tokens, heads, head_dim, mode, sparse_n)
+    return forward if direction == "forward" else 2.5 * forward
+
+
+def moved_bytes(direction: str, *, batch, tokens, heads, head_dim, mode, sparse_n, keys=None, length=None) -> float:
+    """Bytes of each input and output once, in 16 bits, and of the float32 row vectors."""
+    row = 2 * batch * heads * head_dim
+    queries, others = row * tokens, row * (length or keys or tokens)
+    vector = 4 * batch * heads * tokens
+    if direction == "forward":
+        return 2 * queries + 2 * others + vector
+    return 4 * queries + 4 * others + vector  # q, out, its gradient, dq; k, v, dk, dv
+
+
+def predicted(direction: str, *, batch, tokens, heads, head_dim, mode, sparse_n, keys=None, length=None) -> float:
+    """Seconds on one H100 SXM; see the module's docstring."""
+    longest = longest_set(tokens, mode, sparse_n)
+    other = length or keys or longest
+    walked, held = (other, longest) if direction == "forward" else (longest, other)
+    tiles = batch * heads * count_sets(mode, sparse_n) * math.ceil(held / 128)
+    products = 4 if direction == "forward" else 10
+    tile = products * 128 * walked * head_dim / (PREDICTED_RATE[direction] / MULTIPROCESSORS) + FILL_SECONDS
+    seconds = math.ceil(tiles / MULTIPROCESSORS) * tile + LAUNCH_SECONDS
+    if direction == "backward":  # out and its gradient read; the sum of dQ cleared, read and written in 16 bits
+        seconds += batch * tokens * heads * head_dim * (2 + 2 + 4 + 4 + 2) / PREDICTED_BANDWIDTH + 3 * LAUNCH_SECONDS
+    return seconds
+
+
+TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+KERNEL_FUNCTIONS = {
+    "forward": skiparse_attention_fwd_kernel,
+    "keys": skiparse_attention_bwd_keys_kernel,
+    "keys, fused": skiparse_attention_bwd_keys_kernel,
+    "queries": skiparse_attention_bwd_queries_kernel,
+    "rows": skiparse_attention_bwd_rows_kernel,
+}
+FLOAT32_POINTERS = ("lse", "row_lse", "row_delta", "q_sum")
+TENSOR_POINTERS = ("q", "k", "v", "out", "out_grad", "q_grad", "k_grad", "v_grad")
+FLOAT_ARGUMENTS = ("scale", "scale_log2")
+
+
+def kernel_build(
+    name: str, arch: int, dtype: torch.dtype, head_dim: int, mode: str, sparse_n: int, masked: bool, descriptors: bool
+) -> KernelBuild:
+    """What the launcher compiles for such a call: a kernel of `KERNEL_FUNCTIONS` with the configuration of the table."""
+    kernel = KERNEL_FUNCTIONS[name]
+    call = tuning.Call(arch, dtype, head_dim, mode, masked, descriptors)
+    low, high = split_head_dim(head_dim)
+    fused = name == "keys, fused"
+    constants = dict(MODE=MODE_NUMBER[mode], K=sparse_n, SETS=count_sets(mode, sparse_n), D=head_dim, LOW=low, HIGH=high)
+    if name == "rows":
+        config, label = tuning.Config(ROWS_BLOCK, 0, 0, 4, 3), f"{ROWS_BLOCK} rows"
+        constants |= dict(BLOCK_M=ROWS_BLOCK)
+    else:
+        config = tuning.choose(name.removesuffix(", fused"), call)
+        label = str(config)
+        constants |= dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=config.tail, HAS_MASK=masked)
+        constants |= dict(HAS_LENGTHS=masked, DESCRIPTORS=descriptors, FUSED=fused, PRECISION="ieee")
+    streamed = config.block_m if name.startswith("keys") else config.block_n
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            continue
+        if argument.endswith("_view"):
+            width = high if "_high_" in argument else low
+            if not descriptors or not width or (argument.startswith("sum_") and not fused):
+                constants[argument] = None
+                continue
+            box = [1, streamed // sparse_n, 1, sparse_n, width] if mode == "group" else [1, streamed, 1, width]
+            element = "fp32" if argument.startswith("sum_") else TRITON_TYPE[dtype]
+            signature[argument] = f"tensordesc<{element}{box}>"
+        elif argument in ("key_mask", "key_lengths"):
+            if masked:
+                signature[argument] = "*u8" if argument == "key_mask" else "*i32"
+            else:
+                constants[argument] = None
+        elif argument == "q_sum" and not fused:
+            constants[argument] = None
+        elif argument in FLOAT32_POINTERS:
+            signature[argument] = "*fp32"
+        elif argument in TENSOR_POINTERS:
+            signature[argument] = "*" + TRITON_TYPE[dtype]
+        else:
+            signature[argument] = "fp32" if argument in FLOAT_ARGUMENTS else "i32"
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    strides = tuple(key for key in signature if key.endswith(("_batch", "_token", "_head")))
+    pointers = tuple(key for key, kind in signature.items() if kind.startswith("*"))
+    return KernelBuild(
+        kernel=kernel,
+        arch=arch,
+        config=f"{name} D{head_dim} {TRITON_TYPE[dtype]} {mode}{' masked' if masked else ''}"
+        f" {'descriptor' if descriptors else 'pointer'} {label}",
+        signature=signature,
+        constants=constants,
+        aligned=pointers + strides,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        expects=_expected(name, arch, dtype, descriptors),
+        may_spill=arch == 100,
+    )
+
+
+def _expected(name: str, arch: int, dtype: torch.dtype, descriptors: bool) -> tuple[str, ...]:
+    if name == "rows" or dtype == torch.float32:
+        return ()
+    product = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]
+    if not descriptors:
+        return (product,)
+    return (product, "UTMALDG", "UTMAREDG") if name == "keys, fused" else (product, "UTMALDG")
+
+
+def builds(arch: int) -> list[KernelBuild]:
+    """What to compile ahead of time for sm_80, sm_90 or sm_100: every kernel as the model and the bench launch it."""
+    found = []
+    half = torch.bfloat16
+    for head_dim in (96, 128, 64):
+        for mode in ("full", "single", "group"):
+            descriptors = choose_version(arch, half, head_dim, mode, 4) == "descriptor"
+            names = ("forward", "keys, fused", "keys", "queries") if descriptors else ("forward", "keys", "queries")
+            found += [kernel_build(name, arch, half, head_dim, mode, 4, False, descriptors) for name in names]
+            if head_dim == 96:
+                found += [kernel_build(name, arch, half, head_dim, mode, 4, True, descriptors) for name in names]
+    for head_dim in (24, 32, 48):
+        descriptors = choose_version(arch, half, head_dim, "group", 4) == "descriptor"
+        names = ("forward", "keys, fused" if descriptors else "keys", "queries")
+        found += [kernel_build(name, arch, half, head_dim, "group", 4, False, descriptors) for name in names]
+    found.append(kernel_build("rows", arch, half, 96, "group", 4, False, False))
+    found += [kernel_build(name, arch, torch.float16, 96, "group", 4, False, arch >= 90) for name in ("forward", "keys")]
+    for name in ("forward", "keys", "queries"):
+        found.append(kernel_build(name, arch, torch.float32, 96, "group", 4, False, False))
+        if arch == 90:  # what serves when a tensor cannot be read through descriptors
+            found.append(kernel_build(name, arch, half, 96, "group", 4, False, False))
+    return found
+
+
+SPEC = OpSpec(
+    name="skiparse_attention",
+    operation=skiparse_attention,
+    reference=skiparse_attention_ref,
+    make_inputs=make_inputs,
+    shapes=SHAPES,
+    tolerances={torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 1e-2), torch.float16: (1e-3, 2e-3)},
+    flops=flops,
+    bytes=moved_bytes,
+    predicted=predicted,
+    builds=builds,
+)
