@@ -9,7 +9,8 @@ from typing import Any
 from osp_fast.errors import UserError
 
 OURS = "osp_fast"
-AS_WRITTEN, GATHERED = "as written", "gathered"  # the layout of an implementation's inputs
+AS_WRITTEN, GATHERED = "as written", "gathered"  # the layout of a baseline's inputs
+VARIANT = "variant"  # in its place for our own kernels that do not serve: no baseline
 
 
 def result_path(folder: Path, device: str, stem: str) -> Path:

@@ -23,7 +23,16 @@ from bench.measure import (
     median_seconds,
     require_cuda,
 )
-from bench.results import AS_WRITTEN, GATHERED, OURS, best_and_ratio, find_row, result_path, write_result
+from bench.results import (
+    AS_WRITTEN,
+    GATHERED,
+    OURS,
+    VARIANT,
+    best_and_ratio,
+    find_row,
+    result_path,
+    write_result,
+)
 from bench.table import format_table, milliseconds, percent
 from osp_fast.seeding import stable_seed
 
@@ -82,7 +91,8 @@ def measure_shape(
     """Yield a row per implementation and direction, ours first. What cannot run has a reason instead of figures."""
     sets = make_input_sets(spec, shape, device)
     expected = None
-    for implementation in (ours(spec), *baselines_of(spec.name)):
+    variants = (ours(function, f"{OURS} {name}", VARIANT) for name, function in spec.variants.items())
+    for implementation in (ours(spec.operation), *variants, *baselines_of(spec.name)):
         reason = None
         for direction in DIRECTIONS:
             seconds = spread = None
@@ -112,13 +122,13 @@ def reason_of(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:REASON_LENGTH]
 
 
-def ours(spec: OpSpec) -> Baseline:
-    """The operation itself, in the form of a baseline."""
+def ours(function: Callable[..., Tensor], name: str = OURS, layout: str = AS_WRITTEN) -> Baseline:
+    """The operation itself, or a variant of it, in the form of a baseline."""
 
     def bind(inputs: dict[str, Any]) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        return lambda: spec.operation(**inputs), list(gradient_leaves(inputs).values())
+        return lambda: function(**inputs), list(gradient_leaves(inputs).values())
 
-    return Baseline(OURS, AS_WRITTEN, bind, lambda out, inputs: out)
+    return Baseline(name, layout, bind, lambda out, inputs: out)
 
 
 def make_input_sets(spec: OpSpec, shape: Shape, device: torch.device) -> list[dict[str, Any]]:

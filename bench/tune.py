@@ -85,7 +85,7 @@ def tune_shape(spec: OpSpec, shape: Shape, device: torch.device, timer: Timer) -
         row |= {"seconds": None, "spread": None}
         try:
             with tuning.forced(kernel, config):
-                calls = direction_calls([ours(spec).bind(inputs) for inputs in sets], direction)
+                calls = direction_calls([ours(spec.operation).bind(inputs) for inputs in sets], direction)
                 row["seconds"], row["spread"] = timer(calls)
         except Exception as error:  # that a candidate does not fit this device is a result
             row["unavailable"] = reason_of(error)

@@ -1,6 +1,7 @@
 """`bench verify`: every operation and its gradients on a GPU, each shape and type, against float64 on fresh inputs."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,28 +25,38 @@ def run_verify(pairs: Sequence[tuple[OpSpec, Shape]], seeds: int, types: Sequenc
     print(environment(device)["device"], flush=True)
     rows = []
     for spec, shape in pairs:
-        for dtype in (dtype for dtype in spec.tolerances if not types or name_of(dtype) in types):
-            for place in range(seeds):
-                rows.append(check_case(spec, shape, dtype, place, device))
-                row = rows[-1]
-                print(f"{spec.name} {shape.name} {row['dtype']} seed {place}: {row['verdict']}", flush=True)
+        dtypes = [dtype for dtype in spec.tolerances if not types or name_of(dtype) in types]
+        for variant, dtype, place in itertools.product((None, *spec.variants), dtypes, range(seeds)):
+            rows.append(check_case(spec, shape, dtype, place, device, variant))
+            row = rows[-1]
+            print(f"{row['op']} {shape.name} {row['dtype']} seed {place}: {row['verdict']}", flush=True)
     print(verify_table(rows))
-    failures = sum(row["verdict"] != "ok" for row in rows)
-    print(f"{len(rows)} checks, {failures} failed")
+    refused = sum(row["verdict"].startswith("refused: ") for row in rows)
+    failures = sum(row["verdict"] != "ok" for row in rows) - refused
+    print(f"{len(rows)} checks, {failures} failed, {refused} refused by a variant")
     return 1 if failures or not rows else 0
 
 
-def check_case(spec: OpSpec, shape: Shape, dtype: torch.dtype, place: int, device: torch.device) -> dict[str, Any]:
+def check_case(
+    spec: OpSpec, shape: Shape, dtype: torch.dtype, place: int, device: torch.device, variant: str | None = None
+) -> dict[str, Any]:
     """One shape, type and draw of inputs: errors against float64, and whether a second run on them is the same.
+
+    variant: one of the spec's in place of the operation; a call that it refuses is "refused", which is no failure.
 
     errors: "out" and "d" + input name -> ||found - expected|| / ||expected||
     repeat: the largest relative difference between two runs, 0.0 if every bit is the same
     verdict: "ok" or why not. A forward result that changes fails; gradients may change within their tolerance.
     """
-    row = {"op": spec.name, "shape": shape.name, "dtype": name_of(dtype), "seed": place}
+    name = spec.name if variant is None else f"{spec.name} {variant}"
+    row = {"op": name, "shape": shape.name, "dtype": name_of(dtype), "seed": place}
     seed = stable_seed("bench verify", spec.name, shape.name, row["dtype"], place)
     try:
-        row |= _compare(spec, shape, dtype, seed, device)
+        row |= _compare(spec, spec.variants[variant] if variant else spec.operation, shape, dtype, seed, device)
+    except ValueError as error:
+        refused = variant is not None
+        verdict = f"{'refused' if refused else 'error'}: {reason_of(error)}"
+        return row | {"errors": {}, "repeat": None, "reference": None, "verdict": verdict}
     except Exception as error:  # one operation that breaks must not hide the others
         return row | {"errors": {}, "repeat": None, "reference": None, "verdict": f"error: {reason_of(error)}"}
     return row | {"verdict": _verdict(row, spec.tolerances[dtype])}
@@ -70,13 +81,15 @@ def verify_table(rows: Sequence[dict[str, Any]]) -> str:
     return format_table(headers, lines)
 
 
-def _compare(spec: OpSpec, shape: Shape, dtype: torch.dtype, seed: int, device: torch.device) -> dict[str, Any]:
+def _compare(
+    spec: OpSpec, function: Callable[..., Tensor], shape: Shape, dtype: torch.dtype, seed: int, device: torch.device
+) -> dict[str, Any]:
     inputs = spec.make_inputs(device=device, dtype=dtype, seed=seed, **shape.sizes)
-    out = spec.operation(**inputs)
+    out = function(**inputs)
     generator = torch.Generator(device).manual_seed(stable_seed("cotangent", seed))
     cotangent = torch.randn(out.shape, generator=generator, device=device, dtype=torch.float32).to(out.dtype)
     first = with_gradients(out, inputs, cotangent)
-    second = results(spec.operation, inputs, cotangent)
+    second = results(function, inputs, cotangent)
     repeats = {name: _difference(second[name], x) for name, x in first.items()}
     too_large, sampled = SAMPLED.get(spec.name, (None, None))
     if too_large is not None and too_large(inputs):

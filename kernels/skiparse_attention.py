@@ -11,15 +11,16 @@ FLOPs: 4 B H D N M forward in mode full, a k-th of that in the skip modes; backw
 is deterministic. Bytes: q, k, v and out once, 2 B H D (2 N + 2 M) forward in 16 bits; from clips of 2,000 tokens on the
 products bind, not the memory. No gather, padding or mask is ever written.
 
-The kernels: `skiparse_attention_forward.py`, `skiparse_attention_backward.py` over `skiparse_sets.py`; launched by
-`skiparse_attention_launch.py`, configured by `tuning.py`; shapes, tolerances and predicted times in
-`skiparse_attention_spec.py`.
+The kernels: `skiparse_attention_forward.py`, `skiparse_attention_backward.py` over `skiparse_sets.py`, and the unproven
+`skiparse_attention_hopper.py`; launched by `skiparse_attention_launch.py`, configured by `tuning.py`; shapes,
+tolerances and predicted times in `skiparse_attention_spec.py`.
 """
 
 import torch
 import torch.nn.functional as F
 from osp_fast.kernels.launch import architecture, selected_path
 from osp_fast.kernels.skiparse_attention_launch import (
+    VERSIONS,
     attention_backward,
     attention_forward,
     choose_version,
@@ -65,11 +66,13 @@ def skiparse_attention_triton(
     deterministic: bool | None = None,
     version: str = "auto",
 ) -> Tensor:
-    """`skiparse_attention` by the Triton kernels alone. `version` forces "descriptor" or "pointer".
+    """`skiparse_attention` by the Triton kernels alone; `version` forces one of `skiparse_attention_launch.VERSIONS`.
 
     Raises ValueError also where they cannot run: no GPU, another dtype, D above 128, or a version that does not fit.
     """
     check_arguments(q, k, v, mode, sparse_n, key_mask, key_lengths)
+    if version not in VERSIONS:
+        raise ValueError(f"version {version!r} is unknown: choose from {', '.join(VERSIONS)}")
     if sparse_n == 1 or mode == "full":
         mode, sparse_n = "full", 1
     if deterministic is None:

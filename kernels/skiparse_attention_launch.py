@@ -1,7 +1,8 @@
 """Launches the Triton kernels of skiparse attention: which version runs, its configuration, grids and buffers.
 
-Two versions: "descriptor" streams blocks through TMA boxes (sm_90 and sm_100), "pointer" computes every address (sm_80
-and newer, and what descriptors cannot express). `choose_version` is the one place that decides.
+"descriptor" streams blocks through TMA boxes (sm_90 and sm_100), "pointer" computes every address (sm_80 and newer, and
+what descriptors cannot express). `choose_version` is the one place that decides. A third, "warp_specialized", is a
+forward scheduled by hand for Hopper; it runs where it is asked for by name, until a GPU has proven it.
 """
 
 import math
@@ -16,12 +17,13 @@ from osp_fast.kernels.skiparse_attention_backward import (
     skiparse_attention_bwd_rows_kernel,
 )
 from osp_fast.kernels.skiparse_attention_forward import skiparse_attention_fwd_kernel
+from osp_fast.kernels.skiparse_attention_hopper import hopper_forward
 from osp_fast.kernels.skiparse_sets import MODE_NUMBER, count_sets, longest_set, skip_view, split_head_dim
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 128
-VERSIONS = ("descriptor", "pointer")
+VERSIONS = ("auto", "descriptor", "pointer", "warp_specialized")
 ROWS_BLOCK = 128  # the row vectors of the backward end on a multiple of this, so that no block needs a bound
 
 
@@ -41,7 +43,10 @@ def why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 def choose_version(arch: int, dtype: torch.dtype, head_dim: int, mode: str, sparse_n: int) -> str:
-    """Which of `VERSIONS` serves a call on an architecture (90 for Hopper); tensors may still rule descriptors out."""
+    """descriptor or pointer: what serves a call on an architecture (90 for Hopper).
+
+    The tensors' strides may still rule descriptors out.
+    """
     if not 90 <= arch < 120 or dtype == torch.float32 or sum(split_head_dim(head_dim)) != head_dim or head_dim < 32:
         return "pointer"
     if mode == "group" and sparse_n not in (1, 2, 4, 8, 16):  # a box is a power of two of rows in each dimension
@@ -76,6 +81,10 @@ def attention_forward(
     lse = torch.empty((batch, heads, sets, positions), dtype=torch.float32, device=q.device)
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
+    if version == "warp_specialized":
+        if architecture(q.device) != 90 or key_mask is not None:
+            raise ValueError("version warp_specialized needs a Hopper GPU and takes no key_mask: use version auto")
+        return hopper_forward(q, k, v, mode, sparse_n, key_lengths)
     call, constants = _call(q, k, v, mode, sparse_n, key_mask, key_lengths, version)
     config = tuning.choose("forward", call)
     work = batch * heads * sets * triton.cdiv(positions, config.block_m)
@@ -105,6 +114,8 @@ def attention_backward(
     version: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, contiguous and in their type. Without descriptors it is always deterministic."""
+    if version == "warp_specialized":
+        version = "auto"  # it has no backward of its own
     q, k, v = (_channels_last(x) for x in (q, k, v))
     out = out.contiguous()
     if not fits_descriptor(out_grad):  # a copy costs less than a backward without descriptors

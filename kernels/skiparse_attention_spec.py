@@ -7,18 +7,25 @@ Backward, fused: 3,840 clocks of products a block, 1,024 of exp2, about 1,500 of
 of additions to L2, hence 380 TFLOP/s. Every tile fills and drains its pipeline once, 2 us.
 """
 
+import functools
 import math
 from typing import Any
 
 import torch
 from osp_fast.kernels import tuning
-from osp_fast.kernels.skiparse_attention import attention_flops, skiparse_attention, skiparse_attention_ref
+from osp_fast.kernels.skiparse_attention import (
+    attention_flops,
+    skiparse_attention,
+    skiparse_attention_ref,
+    skiparse_attention_triton,
+)
 from osp_fast.kernels.skiparse_attention_backward import (
     skiparse_attention_bwd_keys_kernel,
     skiparse_attention_bwd_queries_kernel,
     skiparse_attention_bwd_rows_kernel,
 )
 from osp_fast.kernels.skiparse_attention_forward import skiparse_attention_fwd_kernel
+from osp_fast.kernels.skiparse_attention_hopper import builds as hopper_builds
 from osp_fast.kernels.skiparse_attention_launch import ROWS_BLOCK, choose_version
 from osp_fast.kernels.skiparse_sets import MODE_NUMBER, count_sets, longest_set, split_head_dim
 from osp_fast.kernels.spec import KernelBuild, OpSpec, Shape
@@ -128,12 +135,14 @@ FLOAT_ARGUMENTS = ("scale", "scale_log2")
 def kernel_build(
     name: str, arch: int, dtype: torch.dtype, head_dim: int, mode: str, sparse_n: int, masked: bool, descriptors: bool
 ) -> KernelBuild:
-    """What the launcher compiles for such a call: a kernel of `KERNEL_FUNCTIONS` with the configuration of the table."""
+    """What the launcher compiles for such a call: one of `KERNEL_FUNCTIONS` with the configuration of the table."""
     kernel = KERNEL_FUNCTIONS[name]
     call = tuning.Call(arch, dtype, head_dim, mode, masked, descriptors)
     low, high = split_head_dim(head_dim)
     fused = name == "keys, fused"
-    constants = dict(MODE=MODE_NUMBER[mode], K=sparse_n, SETS=count_sets(mode, sparse_n), D=head_dim, LOW=low, HIGH=high)
+    constants = dict(
+        MODE=MODE_NUMBER[mode], K=sparse_n, SETS=count_sets(mode, sparse_n), D=head_dim, LOW=low, HIGH=high
+    )
     if name == "rows":
         config, label = tuning.Config(ROWS_BLOCK, 0, 0, 4, 3), f"{ROWS_BLOCK} rows"
         constants |= dict(BLOCK_M=ROWS_BLOCK)
@@ -211,12 +220,14 @@ def builds(arch: int) -> list[KernelBuild]:
         names = ("forward", "keys, fused" if descriptors else "keys", "queries")
         found += [kernel_build(name, arch, half, head_dim, "group", 4, False, descriptors) for name in names]
     found.append(kernel_build("rows", arch, half, 96, "group", 4, False, False))
-    found += [kernel_build(name, arch, torch.float16, 96, "group", 4, False, arch >= 90) for name in ("forward", "keys")]
+    found += [
+        kernel_build(name, arch, torch.float16, 96, "group", 4, False, arch >= 90) for name in ("forward", "keys")
+    ]
     for name in ("forward", "keys", "queries"):
         found.append(kernel_build(name, arch, torch.float32, 96, "group", 4, False, False))
         if arch == 90:  # what serves when a tensor cannot be read through descriptors
             found.append(kernel_build(name, arch, half, 96, "group", 4, False, False))
-    return found
+    return found + hopper_builds(arch)
 
 
 SPEC = OpSpec(
@@ -230,4 +241,5 @@ SPEC = OpSpec(
     bytes=moved_bytes,
     predicted=predicted,
     builds=builds,
+    variants={"warp_specialized": functools.partial(skiparse_attention_triton, version="warp_specialized")},
 )

@@ -59,6 +59,7 @@ class OpSpec:
     flops, bytes: (direction, **sizes) -> operations that the mathematics needs, bytes that must move (bf16)
     predicted: (direction, **sizes) -> seconds expected on one H100 SXM, written down before it was measured
     builds: architecture number -> what to compile ahead of time
+    variants: name -> another kernel of ours for the same calls, which is verified and timed but does not serve yet
     """
 
     name: str
@@ -71,3 +72,4 @@ class OpSpec:
     bytes: Callable[..., float]
     predicted: Callable[..., float]
     builds: Callable[[int], list[KernelBuild]] = field(repr=False)
+    variants: dict[str, Callable[..., Tensor]] = field(default_factory=dict)

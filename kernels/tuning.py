@@ -65,7 +65,7 @@ def candidates(kernel: str, call: Call) -> list[Config]:
     if call.arch == 0:
         return [_INTERPRETED[kernel]]
     if call.dtype == torch.float32:
-        return [_FLOAT32[kernel]]
+        return [Config(32, 32, 16, 8, 1) if kernel == "keys" and call.arch < 90 else _FLOAT32[kernel]]
     if call.arch >= 100 and call.descriptors:
         return _BLACKWELL[kernel]
     if kernel == "keys" and call.head_dim <= 48 and not call.descriptors:
@@ -81,8 +81,8 @@ _INTERPRETED = {
     "queries": Config(32, 16, 16, 4, 1),
 }
 _FLOAT32 = {
-    "forward": Config(32, 16, 16, 4, 1),
-    "keys": Config(32, 16, 16, 4, 1),
+    "forward": Config(32, 32, 16, 8, 1),
+    "keys": Config(32, 32, 16, 4, 1),
     "queries": Config(32, 32, 16, 4, 1),
 }
 # Compiled, never timed: larger blocks want more than the 512 columns of tensor memory.

@@ -30,6 +30,7 @@ KERNELS_MAY_IMPORT = {"torch", "triton", "osp_fast"} | {
     "contextlib",
     "contextvars",
     "dataclasses",
+    "functools",
     "math",
     "os",
     "typing",
