@@ -37,6 +37,8 @@ def why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         return (
             f"the Triton attention kernel takes bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
         )
+    if device.type != "cuda" and dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies no bfloat16: use float32 or float16 on the CPU"
     if head_dim > LARGEST_HEAD_DIM:
         return f"the Triton attention kernel takes head dimensions up to {LARGEST_HEAD_DIM}, not {head_dim}"
     return None

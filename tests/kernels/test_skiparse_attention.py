@@ -167,6 +167,21 @@ def test_kernels_forward_and_gradients(data):
     assert_close(found, output_and_gradients(by_definition, q, k, v, weight, *arguments))
 
 
+@pytest.mark.parametrize("mode", op.MODES)
+def test_float16(mode):
+    inputs = make_inputs(device="cpu", dtype=torch.float16, seed=4, batch=1, tokens=70, heads=2, head_dim=96,
+                         mode=mode, sparse_n=4)  # fmt: skip
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(5)).half()
+    expected = output_and_gradients(by_definition, q, k, v, weight, mode, 4)
+    forward, gradients = SPEC.tolerances[torch.float16]
+    for version in ("pointer", "descriptor"):
+        function = functools.partial(skiparse_attention_triton, version=version)
+        found = output_and_gradients(function, q, k, v, weight, mode, 4)
+        assert {x.dtype for x in found} == {torch.float16} and relative_error(found[0], expected[0]) <= forward
+        assert max(relative_error(a, b) for a, b in zip(found, expected, strict=True)) <= gradients
+
+
 @pytest.mark.parametrize("version, head_dim", [("pointer", 24), ("descriptor", 48), ("descriptor", 96)])
 def test_cross_attention_has_its_own_length(version, head_dim):
     generator = torch.Generator().manual_seed(3)
@@ -360,7 +375,7 @@ def test_which_version_serves():
         (90, half, 96, "group", 3),  # a box has powers of two of rows
     ):
         assert choose_version(*case) == "pointer"
-    assert serving_version(torch.device("cpu"), half, 96, "group", 4) == "pointer, interpreted"
+    assert serving_version(torch.device("cpu"), torch.float16, 96, "group", 4) == "pointer, interpreted"
     x = torch.zeros(2, 8, 3, 2, 32)
     assert fits_descriptor(x[:, :, 0]) and not fits_descriptor(x[:, :, 0].transpose(1, 2))
     assert not fits_descriptor(torch.zeros(2 * 8 * 2 * 32 + 1)[1:].view(2, 8, 2, 32))
@@ -382,11 +397,17 @@ def test_what_does_not_fit_is_refused():
             with pytest.raises(ValueError, match=words):
                 function(*arguments)
     wide = torch.zeros(1, 8, 1, 136)
-    for arguments, words in (((wide, wide, wide), "up to 128"), ((x.double(),) * 3, "not float64")):
+    refused = (wide, "up to 128"), (x.double(), "not float64"), (x.bfloat16(), "interpreter multiplies no bfloat16")
+    for arguments, words in (((tensor,) * 3, words) for tensor, words in refused):
         with pytest.raises(ValueError, match=words):
             skiparse_attention_triton(*arguments)
-    with pytest.raises(ValueError, match="cannot be read through descriptors"):
-        skiparse_attention_triton(x, x, x, version="descriptor")
+    for version, words in (
+        ("descriptor", "cannot be read through descriptors"),
+        ("warp_specialized", "needs a Hopper GPU"),
+        ("fast", "'fast' is unknown"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            skiparse_attention_triton(x, x, x, version=version)
 
 
 def test_needs_a_gpu_or_the_interpreter(monkeypatch):
