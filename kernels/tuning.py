@@ -110,7 +110,7 @@ _HOPPER = {
 _POINTERS = {
     ("forward", False, False): [Config(128, 64, 16, 8, 3), Config(64, 64, 16, 4, 2), Config(128, 32, 16, 8, 3)],
     ("forward", False, True): [Config(128, 32, 16, 8, 3), Config(64, 32, 16, 4, 2)],
-    ("forward", True, False): [Config(64, 32, 16, 4, 2), Config(128, 32, 16, 8, 3), Config(64, 64, 16, 4, 2)],
+    ("forward", True, False): [Config(128, 32, 16, 8, 3), Config(64, 32, 16, 8, 2), Config(64, 64, 16, 8, 2)],
     ("forward", True, True): [Config(64, 32, 16, 4, 3), Config(64, 32, 16, 4, 2)],
     ("keys", False, False): [Config(32, 64, 16, 8, 2), Config(64, 64, 16, 8, 2), Config(64, 128, 16, 8, 2)],
     ("keys", False, True): [Config(32, 32, 16, 8, 2), Config(32, 64, 16, 8, 2)],
