@@ -5,6 +5,7 @@ Triton on CPU tensors needs its interpreter (`TRITON_INTERPRET=1`), which is for
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from triton import knobs
@@ -35,6 +36,11 @@ def architecture(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Within it kernels are launched on `device`: Triton launches on the current GPU, wherever its tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -18,7 +18,7 @@ tolerances and predicted times in `skiparse_attention_spec.py`.
 
 import torch
 import torch.nn.functional as F
-from osp_fast.kernels.launch import architecture, selected_path
+from osp_fast.kernels.launch import architecture, current, selected_path
 from osp_fast.kernels.skiparse_attention_launch import (
     VERSIONS,
     attention_backward,
@@ -196,7 +196,8 @@ def _forward(
     reason = why_unsupported(q.device, q.dtype, q.shape[3])
     if reason:
         raise ValueError(reason)
-    return attention_forward(q, k, v, key_mask, key_lengths, mode, sparse_n, version)
+    with current(q.device):
+        return attention_forward(q, k, v, key_mask, key_lengths, mode, sparse_n, version)
 
 
 @_forward.register_fake
@@ -221,9 +222,10 @@ def _backward(
     deterministic: bool,
     version: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_backward(
-        out_grad, q, k, v, out, lse, key_mask, key_lengths, mode, sparse_n, deterministic, version
-    )
+    with current(q.device):
+        return attention_backward(
+            out_grad, q, k, v, out, lse, key_mask, key_lengths, mode, sparse_n, deterministic, version
+        )
 
 
 @_backward.register_fake
