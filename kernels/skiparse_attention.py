@@ -75,6 +75,8 @@ def skiparse_attention_triton(
         raise ValueError(f"version {version!r} is unknown: choose from {', '.join(VERSIONS)}")
     if sparse_n == 1 or mode == "full":
         mode, sparse_n = "full", 1
+    if torch.is_autocast_enabled(q.device.type):  # as PyTorch's own attention does
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     return torch.ops.osp_fast.skiparse_attention(
@@ -166,6 +168,9 @@ def check_arguments(
         raise ValueError(f"sparse_n {sparse_n} must be at least 1")
     if q.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; (B, N, H, D)")
+    others = [x for x in (k, v, key_mask, key_lengths) if x is not None and x.device != q.device]
+    if others:
+        raise ValueError(f"all tensors must be on {q.device}, where q is, not on {others[0].device}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     if mode != "full" and q.shape[1] != k.shape[1]:

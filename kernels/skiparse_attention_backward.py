@@ -40,11 +40,12 @@ def skiparse_attention_bwd_rows_kernel(
     skip_set = work // blocks % SETS
     head = work // (blocks * SETS) % heads
     sample64 = (work // (blocks * SETS) // heads).to(tl.int64)
+    head64 = head.to(tl.int64)
     position = work % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     tokens = token_of(position, skip_set, MODE, K)
     inside = position < set_length(queries, skip_set, MODE, K)
     out_base = out + (sample64 * queries * heads + head) * D
-    grad_base = out_grad + sample64 * grad_batch + head * grad_head
+    grad_base = out_grad + sample64 * grad_batch + head64 * grad_head
     o_low, o_high = load_rows(out_base, tokens, inside, heads * D, LOW, HIGH, D)
     g_low, g_high = load_rows(grad_base, tokens, inside, grad_token, LOW, HIGH, D)
     delta = tl.sum(o_low.to(tl.float32) * g_low.to(tl.float32), 1)
@@ -84,7 +85,10 @@ def _query_share(s_grad, visible, k_low, k_high, HIGH: tl.constexpr, PRECISION: 
     return low, high
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "key_positions", "padded"])
+@triton.jit(
+    do_not_specialize=["queries", "keys", "key_positions", "padded"],
+    do_not_specialize_on_alignment=["key_mask", "key_lengths"],
+)
 def skiparse_attention_bwd_keys_kernel(
     q, k, v, out_grad, row_lse, row_delta, q_sum, k_grad, v_grad, key_mask, key_lengths,
     q_low_view, q_high_view, grad_low_view, grad_high_view, sum_low_view, sum_high_view,
@@ -103,8 +107,9 @@ def skiparse_attention_bwd_keys_kernel(
     head = work // (blocks * SETS) % heads
     sample = work // (blocks * SETS) // heads
     sample64 = sample.to(tl.int64)
-    q_base = q + sample64 * q_batch + head * q_head
-    grad_base = out_grad + sample64 * grad_batch + head * grad_head
+    head64 = head.to(tl.int64)
+    q_base = q + sample64 * q_batch + head64 * q_head
+    grad_base = out_grad + sample64 * grad_batch + head64 * grad_head
     if FUSED:
         sum_base = q_sum + (sample64 * queries * heads + head) * D
     row = ((sample64 * heads + head) * SETS + skip_set) * padded
@@ -117,8 +122,8 @@ def skiparse_attention_bwd_keys_kernel(
     visible = column < key_count
     if HAS_MASK:
         visible = visible & (tl.load(key_mask + sample64 * keys + key, mask=visible, other=0) != 0)
-    k_base = k + sample64 * k_batch + head * k_head
-    v_base = v + sample64 * v_batch + head * v_head
+    k_base = k + sample64 * k_batch + head64 * k_head
+    v_base = v + sample64 * v_batch + head64 * v_head
     k_low, k_high = load_rows(k_base, key, visible, k_token, LOW, HIGH, D)
     v_low, v_high = load_rows(v_base, key, visible, v_token, LOW, HIGH, D)
     k_grad_low = tl.zeros([BLOCK_N, LOW], tl.float32)
@@ -193,7 +198,10 @@ def _query_gradients(
     return add_product(s_grad.to(k_low.dtype), k_low, k_high, q_grad_low, q_grad_high, HIGH, PRECISION)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "positions", "padded"])
+@triton.jit(
+    do_not_specialize=["queries", "keys", "positions", "padded"],
+    do_not_specialize_on_alignment=["key_mask", "key_lengths"],
+)
 def skiparse_attention_bwd_queries_kernel(
     q, k, v, out_grad, row_lse, row_delta, q_grad, key_mask, key_lengths,
     k_low_view, k_high_view, v_low_view, v_high_view,
@@ -210,8 +218,9 @@ def skiparse_attention_bwd_queries_kernel(
     head = work // (blocks * SETS) % heads
     sample = work // (blocks * SETS) // heads
     sample64 = sample.to(tl.int64)
-    k_base = k + sample64 * k_batch + head * k_head
-    v_base = v + sample64 * v_batch + head * v_head
+    head64 = head.to(tl.int64)
+    k_base = k + sample64 * k_batch + head64 * k_head
+    v_base = v + sample64 * v_batch + head64 * v_head
     mask_base = key_mask
     if HAS_MASK:
         mask_base = key_mask + sample64 * keys
@@ -223,8 +232,8 @@ def skiparse_attention_bwd_queries_kernel(
     position = work % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     tokens = token_of(position, skip_set, MODE, K)
     inside = position < set_length(queries, skip_set, MODE, K)
-    q_base = q + sample64 * q_batch + head * q_head
-    grad_base = out_grad + sample64 * grad_batch + head * grad_head
+    q_base = q + sample64 * q_batch + head64 * q_head
+    grad_base = out_grad + sample64 * grad_batch + head64 * grad_head
     q_low, q_high = load_rows(q_base, tokens, inside, q_token, LOW, HIGH, D)
     g_low, g_high = load_rows(grad_base, tokens, inside, grad_token, LOW, HIGH, D)
     row = ((sample64 * heads + head) * SETS + skip_set) * padded + position

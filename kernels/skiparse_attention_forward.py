@@ -43,7 +43,10 @@ def _attend(
     return raised, total, out_low, out_high
 
 
-@triton.jit(do_not_specialize=["batch", "queries", "keys", "positions"])
+@triton.jit(
+    do_not_specialize=["batch", "queries", "keys", "positions"],
+    do_not_specialize_on_alignment=["key_mask", "key_lengths"],
+)
 def skiparse_attention_fwd_kernel(
     q, k, v, out, lse, key_mask, key_lengths, k_low_view, k_high_view, v_low_view, v_high_view,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
@@ -60,8 +63,9 @@ def skiparse_attention_fwd_kernel(
         head = work // (blocks * SETS) % heads
         sample = work // (blocks * SETS) // heads
         sample64 = sample.to(tl.int64)
-        k_base = k + sample64 * k_batch + head * k_head
-        v_base = v + sample64 * v_batch + head * v_head
+        head64 = head.to(tl.int64)
+        k_base = k + sample64 * k_batch + head64 * k_head
+        v_base = v + sample64 * v_batch + head64 * v_head
         mask_base = key_mask
         if HAS_MASK:
             mask_base = key_mask + sample64 * keys
@@ -73,7 +77,7 @@ def skiparse_attention_fwd_kernel(
         position = block * BLOCK_M + tl.arange(0, BLOCK_M)
         tokens = token_of(position, skip_set, MODE, K)
         inside = position < set_length(queries, skip_set, MODE, K)
-        q_base = q + sample64 * q_batch + head * q_head
+        q_base = q + sample64 * q_batch + head64 * q_head
         q_low, q_high = load_rows(q_base, tokens, inside, q_token, LOW, HIGH, D)
         highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)

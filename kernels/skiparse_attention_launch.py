@@ -17,7 +17,6 @@ from osp_fast.kernels.skiparse_attention_backward import (
     skiparse_attention_bwd_rows_kernel,
 )
 from osp_fast.kernels.skiparse_attention_forward import skiparse_attention_fwd_kernel
-from osp_fast.kernels.skiparse_attention_hopper import hopper_forward
 from osp_fast.kernels.skiparse_sets import MODE_NUMBER, count_sets, longest_set, skip_view, split_head_dim
 from torch import Tensor
 
@@ -61,8 +60,10 @@ def fits_descriptor(x: Tensor) -> bool:
     batch, _, heads, head_dim = x.shape
     batch_stride, token_stride, head_stride, channel_stride = x.stride()
     side_by_side = channel_stride == 1 and (heads == 1 or head_stride == head_dim)
+    apart = token_stride >= heads * head_dim and (batch == 1 or batch_stride >= heads * head_dim)  # not expanded
     strides = (token_stride,) if batch == 1 else (batch_stride, token_stride)
-    return side_by_side and all(n % 16 == 0 for n in (x.data_ptr(), *(x.element_size() * n for n in strides)))
+    aligned = all(n % 16 == 0 for n in (x.data_ptr(), *(x.element_size() * n for n in strides)))
+    return side_by_side and apart and aligned
 
 
 def attention_forward(
@@ -86,6 +87,8 @@ def attention_forward(
     if version == "warp_specialized":
         if architecture(q.device) != 90 or key_mask is not None:
             raise ValueError("version warp_specialized needs a Hopper GPU and takes no key_mask: use version auto")
+        from osp_fast.kernels.skiparse_attention_hopper import hopper_forward  # Gluon is an experimental API
+
         return hopper_forward(q, k, v, mode, sparse_n, key_lengths)
     call, constants = _call(q, k, v, mode, sparse_n, key_mask, key_lengths, version)
     config = tuning.choose("forward", call)
@@ -180,10 +183,11 @@ def _call(
     expressible = all(fits_descriptor(x) for x in (q, k, v))
     if version == "auto":
         version = choose_version(arch, q.dtype, head_dim, mode, sparse_n) if expressible else "pointer"
-    elif version == "descriptor" and not (
-        expressible and choose_version(90, torch.bfloat16, head_dim, mode, sparse_n) == "descriptor"
-    ):
-        raise ValueError("these tensors cannot be read through descriptors: use version pointer, or auto")
+    elif version == "descriptor":
+        # The interpreter has no architecture and no bfloat16: there a call is as on Hopper in 16 bits.
+        case = (arch, q.dtype) if arch else (90, torch.bfloat16)
+        if not expressible or choose_version(*case, head_dim, mode, sparse_n) != "descriptor":
+            raise ValueError("these tensors cannot be read through descriptors here: use version pointer, or auto")
     descriptors = version == "descriptor"
     low, high = split_head_dim(head_dim)
     constants = dict(
@@ -196,7 +200,7 @@ def _call(
         HAS_MASK=key_mask is not None,
         HAS_LENGTHS=key_lengths is not None,
         DESCRIPTORS=descriptors,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",  # of float32 alone
     )
     return tuning.Call(arch, q.dtype, head_dim, mode, key_mask is not None, descriptors), constants
 

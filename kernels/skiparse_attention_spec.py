@@ -3,8 +3,10 @@
 Predicted on one H100 SXM before any measurement, from 132 multiprocessors and a matrix product of 798 TFLOP/s. Forward
 at D = 96: a block of 128 x 128 takes 1,536 clocks of tensor cores, 1,024 of exp2 and about 700 of other arithmetic.
 Two warpgroups of one program overlap these only as far as the hardware's scheduler lets them, hence 420 TFLOP/s.
-Backward, fused: 3,840 clocks of products a block, 1,024 of exp2, about 1,500 of arithmetic and 768 KiB a microsecond
-of additions to L2, hence 380 TFLOP/s. Every tile fills and drains its pipeline once, 2 us.
+Backward, fused: 3,840 clocks of products a block, 1,024 of exp2, about 1,500 of arithmetic and 48 KiB of additions to
+L2 (1.2 GB/ms over the chip), hence 380 TFLOP/s. Every tile fills and drains its pipeline once, 2 us, and takes a step
+of 1.5 us, a memory latency and a short product, for every `tail` rows that no full block holds. The host is left out:
+a call costs it about 0.1 ms, which alone bounds calls that are shorter.
 """
 
 import functools
@@ -34,6 +36,7 @@ MULTIPROCESSORS = 132
 PREDICTED_RATE = {"forward": 420e12, "backward": 380e12}  # FLOP/s inside full tiles
 PREDICTED_BANDWIDTH = 2.7e12  # bytes/s of the passes beside the products
 FILL_SECONDS = 2e-6
+TAIL_SECONDS = 1.5e-6
 LAUNCH_SECONDS = 5e-6
 
 # Tokens of a clip: latent frames x (height / 16) x (width / 16); 93 frames are 24 latent frames.
@@ -51,6 +54,7 @@ SHAPES = (
         for mode in ("single", "group", "full")
     ),
     Shape("93x640x640 cross, 300 of 512", _sizes(38400, "full", keys=512, length=300)),
+    Shape("93x640x640 cross, masked", _sizes(38400, "full", keys=512, length=300, masked=True)),
     Shape("29x352x640 single", _sizes(7040, "single")),
     Shape("29x352x640 group", _sizes(7040, "group")),
     Shape("16 images 640x640 group", _sizes(1600, "group", batch=16)),
@@ -72,8 +76,12 @@ def make_inputs(
     sparse_n: int,
     keys: int | None = None,
     length: int | None = None,
+    masked: bool = False,
 ) -> dict[str, Any]:
-    """q, k, v as the projections write them: slices of one tensor (of two, with other `keys`). `length`: real keys."""
+    """q, k, v as the projections write them: slices of one tensor (of two, with other `keys`).
+
+    length: real keys; masked: they are also given as a mask, as by the DiT, which is told of text by its mask.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(rows: int, parts: int) -> torch.Tensor:
@@ -86,16 +94,21 @@ def make_inputs(
         (q,), (k, v) = normal(tokens, 1).unbind(2), normal(keys, 2).unbind(2)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     lengths = None if length is None else torch.full((batch,), length, dtype=torch.int32, device=device)
-    return {"q": q, "k": k, "v": v, "mode": mode, "sparse_n": sparse_n, "key_lengths": lengths}
+    inputs = {"q": q, "k": k, "v": v, "mode": mode, "sparse_n": sparse_n, "key_lengths": lengths}
+    if masked:
+        inputs["key_mask"] = (torch.arange(k.shape[1], device=device) < lengths[:, None]).contiguous()
+    return inputs
 
 
-def flops(direction: str, *, batch, tokens, heads, head_dim, mode, sparse_n, keys=None, length=None) -> float:
+def flops(direction: str, *, batch, tokens, heads, head_dim, mode, sparse_n, keys=None, length=None, **_) -> float:
     """Operations of the products alone: two forward, five backward (scores again, dP, dQ, dK, dV)."""
     forward = attention_flops(batch, tokens, length or keys or tokens, heads, head_dim, mode, sparse_n)
     return forward if direction == "forward" else 2.5 * forward
 
 
-def moved_bytes(direction: str, *, batch, tokens, heads, head_dim, mode, sparse_n, keys=None, length=None) -> float:
+def moved_bytes(
+    direction: str, *, batch, tokens, heads, head_dim, mode, sparse_n, keys=None, length=None, **_
+) -> float:
     """Bytes of each input and output once, in 16 bits, and of the float32 row vectors."""
     row = 2 * batch * heads * head_dim
     queries, others = row * tokens, row * (length or keys or tokens)
@@ -105,14 +118,20 @@ def moved_bytes(direction: str, *, batch, tokens, heads, head_dim, mode, sparse_
     return 4 * queries + 4 * others + vector  # q, out, its gradient, dq; k, v, dk, dv
 
 
-def predicted(direction: str, *, batch, tokens, heads, head_dim, mode, sparse_n, keys=None, length=None) -> float:
+def predicted(
+    direction: str, *, batch, tokens, heads, head_dim, mode, sparse_n, keys=None, length=None, masked=False
+) -> float:
     """Seconds on one H100 SXM; see the module's docstring."""
     longest = longest_set(tokens, mode, sparse_n)
     other = length or keys or longest
     walked, held = (other, longest) if direction == "forward" else (longest, other)
     tiles = batch * heads * count_sets(mode, sparse_n) * math.ceil(held / 128)
     products = 4 if direction == "forward" else 10
-    tile = products * 128 * walked * head_dim / (PREDICTED_RATE[direction] / MULTIPROCESSORS) + FILL_SECONDS
+    kernel = "forward" if direction == "forward" else "keys"
+    config = tuning.choose(kernel, tuning.Call(90, torch.bfloat16, head_dim, mode, masked, True))
+    tail_steps = math.ceil(walked % (config.block_n if direction == "forward" else config.block_m) / config.tail)
+    tile = products * 128 * walked * head_dim / (PREDICTED_RATE[direction] / MULTIPROCESSORS)
+    tile += FILL_SECONDS + TAIL_SECONDS * tail_steps
     seconds = math.ceil(tiles / MULTIPROCESSORS) * tile + LAUNCH_SECONDS
     if direction == "backward":  # out and its gradient read; the sum of dQ cleared, read and written in 16 bits
         seconds += batch * tokens * heads * head_dim * (2 + 2 + 4 + 4 + 2) / PREDICTED_BANDWIDTH + 3 * LAUNCH_SECONDS
@@ -133,9 +152,20 @@ FLOAT_ARGUMENTS = ("scale", "scale_log2")
 
 
 def kernel_build(
-    name: str, arch: int, dtype: torch.dtype, head_dim: int, mode: str, sparse_n: int, masked: bool, descriptors: bool
+    name: str,
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    mode: str,
+    sparse_n: int,
+    masked: bool,
+    descriptors: bool,
+    bounded: bool = False,
 ) -> KernelBuild:
-    """What the launcher compiles for such a call: one of `KERNEL_FUNCTIONS` with the configuration of the table."""
+    """What the launcher compiles for such a call: one of `KERNEL_FUNCTIONS` with the configuration of the table.
+
+    masked: with a key_mask and key_lengths, as from the DiT; bounded: with key_lengths.
+    """
     kernel = KERNEL_FUNCTIONS[name]
     call = tuning.Call(arch, dtype, head_dim, mode, masked, descriptors)
     low, high = split_head_dim(head_dim)
@@ -150,7 +180,7 @@ def kernel_build(
         config = tuning.choose(name.removesuffix(", fused"), call)
         label = str(config)
         constants |= dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=config.tail, HAS_MASK=masked)
-        constants |= dict(HAS_LENGTHS=masked, DESCRIPTORS=descriptors, FUSED=fused, PRECISION="ieee")
+        constants |= dict(HAS_LENGTHS=masked or bounded, DESCRIPTORS=descriptors, FUSED=fused, PRECISION="ieee")
     streamed = config.block_m if name.startswith("keys") else config.block_n
     signature = {}
     for argument in kernel.arg_names:
@@ -164,12 +194,11 @@ def kernel_build(
             box = [1, streamed // sparse_n, 1, sparse_n, width] if mode == "group" else [1, streamed, 1, width]
             element = "fp32" if argument.startswith("sum_") else TRITON_TYPE[dtype]
             signature[argument] = f"tensordesc<{element}{box}>"
-        elif argument in ("key_mask", "key_lengths"):
-            if masked:
-                signature[argument] = "*u8" if argument == "key_mask" else "*i32"
-            else:
-                constants[argument] = None
-        elif argument == "q_sum" and not fused:
+        elif argument == "key_mask" and masked:
+            signature[argument] = "*u8"
+        elif argument == "key_lengths" and (masked or bounded):
+            signature[argument] = "*i32"
+        elif argument in ("key_mask", "key_lengths") or (argument == "q_sum" and not fused):
             constants[argument] = None
         elif argument in FLOAT32_POINTERS:
             signature[argument] = "*fp32"
@@ -178,16 +207,18 @@ def kernel_build(
         else:
             signature[argument] = "fp32" if argument in FLOAT_ARGUMENTS else "i32"
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    strides = tuple(key for key in signature if key.endswith(("_batch", "_token", "_head")))
-    pointers = tuple(key for key, kind in signature.items() if kind.startswith("*"))
+    strides = ("_batch", "_token", "_head") if head_dim % 16 == 0 else ("_batch", "_token")  # of a multiple of 16 heads
+    aligned = [key for key in signature if key.endswith(strides)]
+    unaligned = ("key_mask", "key_lengths")  # the kernels ask for no other compilation for them
+    aligned += [key for key, kind in signature.items() if kind.startswith("*") and key not in unaligned]
     return KernelBuild(
         kernel=kernel,
         arch=arch,
-        config=f"{name} D{head_dim} {TRITON_TYPE[dtype]} {mode}{' masked' if masked else ''}"
+        config=f"{name} D{head_dim} {TRITON_TYPE[dtype]} {mode}{' masked' if masked else ' bounded' if bounded else ''}"
         f" {'descriptor' if descriptors else 'pointer'} {label}",
         signature=signature,
         constants=constants,
-        aligned=pointers + strides,
+        aligned=tuple(aligned),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         expects=_expected(name, arch, dtype, descriptors),
@@ -204,30 +235,31 @@ def _expected(name: str, arch: int, dtype: torch.dtype, descriptors: bool) -> tu
     return (product, "UTMALDG", "UTMAREDG") if name == "keys, fused" else (product, "UTMALDG")
 
 
+# (dtype, head dimension, mode, masked, bounded): the calls of the model and the bench in every mode, and every other
+# head dimension, type and bound once.
+BUILT = (
+    *((torch.bfloat16, head_dim, mode, False, False) for head_dim in (96, 128, 64) for mode in MODE_NUMBER),
+    *((torch.bfloat16, 96, mode, True, False) for mode in MODE_NUMBER),
+    *((torch.bfloat16, head_dim, "group", True, False) for head_dim in (128, 64, 48)),
+    *((torch.bfloat16, head_dim, "group", False, False) for head_dim in (48, 32, 24)),
+    (torch.bfloat16, 96, "full", False, True),
+    (torch.float16, 96, "group", False, False),
+    (torch.float32, 96, "group", False, False),
+    (torch.float32, 128, "group", False, False),
+)
+
+
 def builds(arch: int) -> list[KernelBuild]:
-    """What to compile ahead of time for sm_80, sm_90 or sm_100: every kernel as the model and the bench launch it."""
+    """What to compile ahead of time for sm_80, sm_90 or sm_100: the calls of `BUILT`, and the kernels beside them."""
     found = []
-    half = torch.bfloat16
-    for head_dim in (96, 128, 64):
-        for mode in ("full", "single", "group"):
-            descriptors = choose_version(arch, half, head_dim, mode, 4) == "descriptor"
-            names = ("forward", "keys, fused", "keys", "queries") if descriptors else ("forward", "keys", "queries")
-            found += [kernel_build(name, arch, half, head_dim, mode, 4, False, descriptors) for name in names]
-            if head_dim == 96:
-                found += [kernel_build(name, arch, half, head_dim, mode, 4, True, descriptors) for name in names]
-    for head_dim in (24, 32, 48):
-        descriptors = choose_version(arch, half, head_dim, "group", 4) == "descriptor"
-        names = ("forward", "keys, fused" if descriptors else "keys", "queries")
-        found += [kernel_build(name, arch, half, head_dim, "group", 4, False, descriptors) for name in names]
-    found.append(kernel_build("rows", arch, half, 96, "group", 4, False, False))
-    found += [
-        kernel_build(name, arch, torch.float16, 96, "group", 4, False, arch >= 90) for name in ("forward", "keys")
-    ]
-    for name in ("forward", "keys", "queries"):
-        found.append(kernel_build(name, arch, torch.float32, 96, "group", 4, False, False))
-        if arch == 90:  # what serves when a tensor cannot be read through descriptors
-            found.append(kernel_build(name, arch, half, 96, "group", 4, False, False))
-    return found + hopper_builds(arch)
+    for dtype, head_dim, mode, masked, bounded in BUILT:
+        descriptors = choose_version(arch, dtype, head_dim, mode, 4) == "descriptor"
+        names = ("forward", "keys, fused", "keys", "queries") if descriptors else ("forward", "keys", "queries")
+        found += [kernel_build(name, arch, dtype, head_dim, mode, 4, masked, descriptors, bounded) for name in names]
+    if arch == 90:  # what serves there where a tensor cannot be read through descriptors
+        names = ("forward", "keys", "queries")
+        found += [kernel_build(name, arch, torch.bfloat16, 96, "group", 4, False, False) for name in names]
+    return [*found, kernel_build("rows", arch, torch.bfloat16, 96, "group", 4, False, False), *hopper_builds(arch)]
 
 
 SPEC = OpSpec(
@@ -241,5 +273,8 @@ SPEC = OpSpec(
     bytes=moved_bytes,
     predicted=predicted,
     builds=builds,
-    variants={"warp_specialized": functools.partial(skiparse_attention_triton, version="warp_specialized")},
+    variants={
+        "deterministic": functools.partial(skiparse_attention_triton, deterministic=True),
+        "warp_specialized": functools.partial(skiparse_attention_triton, version="warp_specialized"),
+    },
 )

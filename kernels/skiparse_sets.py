@@ -176,14 +176,15 @@ def skip_view(x: Tensor, mode: str, sparse_n: int, rows: int, width: int) -> Ten
     """
     batch, tokens, heads, head_dim = x.shape
     batch_stride, token_stride = x.stride()[:2]
-    if batch == 1:  # PyTorch leaves this stride undefined, the hardware wants a multiple of 16 bytes
-        batch_stride = token_stride
-    if mode == "group":
-        periods = triton.cdiv(tokens, sparse_n * sparse_n)
-        shape = [batch, periods, sparse_n, sparse_n, heads * head_dim]
-        strides = [batch_stride, sparse_n * sparse_n * token_stride, sparse_n * token_stride, token_stride, 1]
-        return TensorDescriptor(x, shape, strides, [1, rows // sparse_n, 1, sparse_n, width])
     sets = count_sets(mode, sparse_n)
-    shape = [batch, triton.cdiv(tokens, sets), sets, heads * head_dim]
+    period = sets * sets if mode == "group" else sets
+    periods = triton.cdiv(tokens, period)
+    if batch == 1:  # PyTorch leaves this stride undefined, the hardware wants a multiple of 16 bytes
+        batch_stride = periods * period * token_stride
+    if mode == "group":
+        shape = [batch, periods, sparse_n, sparse_n, heads * head_dim]
+        strides = [batch_stride, period * token_stride, sparse_n * token_stride, token_stride, 1]
+        return TensorDescriptor(x, shape, strides, [1, rows // sparse_n, 1, sparse_n, width])
+    shape = [batch, periods, sets, heads * head_dim]
     strides = [batch_stride, sets * token_stride, token_stride, 1]
     return TensorDescriptor(x, shape, strides, [1, rows, 1, width])

@@ -1,7 +1,8 @@
 """Block sizes, warps and pipeline stages of the Triton kernels: one table, read by launchers, bench and static report.
 
-A row was chosen so that nothing spills on its architecture (`python -m bench static`); times on a GPU may change it
-(`python -m bench run --tune`). `forced` overrides the table for one kernel, in tests and in the bench.
+The first row of each list was chosen so that nothing that `python -m bench static` builds spills on sm_80 and sm_90;
+times on a GPU may change it (`python -m bench run --tune`). `forced` overrides the table for one kernel, in tests and
+in the bench, in the thread that launches: a backward pass on a GPU runs in another, the backward operation does not.
 """
 
 from collections.abc import Iterator
@@ -41,21 +42,34 @@ class Call:
     descriptors: bool
 
 
+@dataclass
+class Forced:
+    """A configuration that overrides the table, and whether any launch has asked for it."""
+
+    config: Config
+    used: bool = False
+
+
 KERNELS = ("forward", "keys", "queries")
-_forced: ContextVar[dict[str, Config] | None] = ContextVar("forced", default=None)
+_forced: ContextVar[dict[str, Forced] | None] = ContextVar("forced", default=None)
 
 
 def choose(kernel: str, call: Call) -> Config:
     """The configuration of one of `KERNELS` of skiparse attention."""
-    return (_forced.get() or {}).get(kernel) or candidates(kernel, call)[0]
+    override = (_forced.get() or {}).get(kernel)
+    if override is None:
+        return candidates(kernel, call)[0]
+    override.used = True
+    return override.config
 
 
 @contextmanager
-def forced(kernel: str, config: Config) -> Iterator[None]:
+def forced(kernel: str, config: Config) -> Iterator[Forced]:
     """Within it `choose` gives `config` for `kernel`."""
-    token = _forced.set({**(_forced.get() or {}), kernel: config})
+    override = Forced(config)
+    token = _forced.set({**(_forced.get() or {}), kernel: override})
     try:
-        yield
+        yield override
     finally:
         _forced.reset(token)
 
@@ -65,6 +79,8 @@ def candidates(kernel: str, call: Call) -> list[Config]:
     if call.arch == 0:
         return [_INTERPRETED[kernel]]
     if call.dtype == torch.float32:
+        if call.head_dim > 96:
+            return [Config(32, 16, 16, 8, 1) if kernel == "forward" else Config(16, 32, 16, 8, 1)]
         return [Config(32, 32, 16, 8, 1) if kernel == "keys" and call.arch < 90 else _FLOAT32[kernel]]
     if call.arch >= 100 and call.descriptors:
         return _BLACKWELL[kernel]
@@ -93,15 +109,15 @@ _BLACKWELL = {
 }
 # (kernel, head dimension above 96, masked): with descriptors, on sm_90
 _HOPPER = {
-    ("forward", False, False): [Config(128, 128, 16, 8, 2), Config(128, 64, 16, 8, 3), Config(128, 64, 16, 8, 4)],
-    ("forward", False, True): [Config(128, 64, 16, 8, 3), Config(128, 64, 16, 8, 2)],
+    ("forward", False, False): [Config(128, 128, 32, 8, 3), Config(128, 128, 16, 8, 2), Config(128, 64, 32, 8, 4)],
+    ("forward", False, True): [Config(128, 64, 16, 8, 3), Config(128, 64, 16, 8, 4)],
     ("forward", True, False): [Config(128, 64, 16, 8, 3), Config(128, 128, 16, 8, 2), Config(128, 64, 16, 8, 2)],
     ("forward", True, True): [Config(64, 64, 16, 4, 2), Config(128, 64, 16, 8, 2)],
-    ("keys", False, False): [Config(64, 128, 16, 8, 2), Config(64, 64, 16, 8, 2), Config(64, 64, 16, 4, 2)],
+    ("keys", False, False): [Config(64, 128, 16, 8, 3), Config(64, 128, 16, 8, 2), Config(64, 64, 16, 8, 3)],
     ("keys", False, True): [Config(64, 64, 16, 8, 2), Config(64, 128, 16, 8, 2)],
     ("keys", True, False): [Config(64, 64, 16, 8, 2), Config(64, 128, 16, 8, 2), Config(64, 64, 16, 8, 3)],
     ("keys", True, True): [Config(64, 64, 16, 8, 2), Config(64, 128, 16, 8, 2)],
-    ("queries", False, False): [Config(128, 128, 16, 8, 2), Config(128, 64, 16, 8, 2), Config(128, 64, 16, 8, 3)],
+    ("queries", False, False): [Config(128, 128, 16, 8, 3), Config(128, 128, 16, 8, 2), Config(128, 64, 16, 8, 3)],
     ("queries", False, True): [Config(128, 64, 16, 8, 2), Config(128, 128, 16, 8, 2)],
     ("queries", True, False): [Config(128, 64, 16, 8, 2), Config(128, 64, 16, 8, 3)],
     ("queries", True, True): [Config(128, 64, 16, 8, 2), Config(128, 64, 16, 8, 3)],

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from osp_fast.kernels.spec import Shape
 
 from bench import measure, run, tune, verify
 from bench.accuracy import relative_error
 from bench.baselines import Baseline, Unavailable
 from bench.measure import direction_calls, input_set_count
+from bench.ops import load_specs
 from bench.report import report_text
 from bench.results import AS_WRITTEN, GATHERED, latest_runs, result_path, write_result
 from osp_fast.errors import UserError
@@ -225,7 +227,8 @@ def test_the_error_of_zero_is_zero_and_of_nan_is_nan():
 
 def test_tuning_finds_the_best_candidate_of_each_kernel(toy, monkeypatch):
     times = {("forward", "slow"): 2e-3, ("forward", "fast"): 1e-3, ("keys", "slow"): 3e-3, ("keys", "too big"): None}
-    monkeypatch.setitem(tune.CANDIDATES, "toy", lambda inputs, arch: iter(times))
+    tunable = tune.Tunable(lambda inputs, arch: iter(times), lambda inputs, kernel: lambda: None)
+    monkeypatch.setitem(tune.TUNABLE, "toy", tunable)
     now = []
 
     def timer(calls):
@@ -236,7 +239,7 @@ def test_tuning_finds_the_best_candidate_of_each_kernel(toy, monkeypatch):
     @contextlib.contextmanager
     def forced(kernel, config):
         now.append((kernel, config))
-        yield
+        yield tune.tuning.Forced(config, used=True)
 
     monkeypatch.setattr(tune.tuning, "forced", forced)
     rows = list(tune.tune_shape(toy.SPEC, toy.SPEC.shapes[0], CPU, timer))
@@ -253,13 +256,32 @@ def test_tuning_finds_the_best_candidate_of_each_kernel(toy, monkeypatch):
     assert "no candidate ran" in tune.tune_table(rows)
 
 
-def test_attention_candidates_are_those_of_the_kernels():
-    inputs = {"q": torch.empty(1, 8, 2, 96), "mode": "single"}
-    found = list(tune.attention_candidates(inputs, 90))
-    assert len(found) == len(set(found)) and {kernel for kernel, _ in found} == set(tune.tuning.KERNELS)
-    for descriptors in (True, False):
-        call = tune.tuning.Call(90, torch.bfloat16, 96, "single", False, descriptors)
-        assert {("keys", config) for config in tune.tuning.candidates("keys", call)} <= set(found)
+def test_attention_candidates_are_those_of_the_version_that_serves():
+    inputs = {"q": torch.empty(1, 8, 2, 96), "mode": "single", "sparse_n": 4}
+    for arch, descriptors in ((90, True), (80, False)):
+        found = list(tune.attention_candidates(inputs, arch))
+        assert len(found) == len(set(found)) and {kernel for kernel, _ in found} == set(tune.tuning.KERNELS)
+        call = tune.tuning.Call(arch, torch.bfloat16, 96, "single", False, descriptors)
+        assert [config for kernel, config in found if kernel == "keys"] == tune.tuning.candidates("keys", call)
+
+
+@pytest.mark.parametrize("mode", ["full", "group"])
+def test_tuning_times_the_kernel_that_it_changes(mode, monkeypatch):
+    """In the interpreter: each call launches the kernel whose configuration is forced; one that does not is refused."""
+    monkeypatch.setattr(tune, "DTYPE", torch.float32)
+    monkeypatch.setattr(run, "DTYPE", torch.float32)
+    sizes = {"batch": 1, "tokens": 21, "heads": 1, "head_dim": 16, "mode": mode, "sparse_n": 4}
+    spec, shape = load_specs()["skiparse_attention"], Shape("small", sizes)
+
+    def timer(calls):
+        calls[0]()
+        return 1e-3, 0.0
+
+    rows = list(tune.tune_shape(spec, shape, CPU, timer))
+    assert [row["kernel"] for row in rows] == list(tune.tuning.KERNELS)
+    assert all(row["seconds"] == 1e-3 for row in rows), rows
+    with pytest.raises(RuntimeError, match="does not launch 'forward'"):
+        list(tune.tune_shape(spec, shape, CPU, lambda calls: (1e-3, 0.0)))
 
 
 def test_tuning_needs_candidates(toy):

@@ -1,6 +1,11 @@
 """Skiparse attention: the reference against the definition of the sets, the Triton kernels against float64."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +220,60 @@ def test_large_scores_do_not_overflow(mode, size):
             assert relative_error(found[0], expected[0]) <= max(FORWARD, 1e-6 * size)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("version", ["pointer", "descriptor"])
+def test_cross_attention_with_mask_and_lengths(version, deterministic):
+    """As the DiT calls it: queries and keys of their own numbers, a mask with a hole, and lengths."""
+    generator = torch.Generator().manual_seed(7)
+    q = torch.randn(2, 70, 2, 48, generator=generator)
+    k, v = torch.randn(2, 41, 2, 2, 48, generator=generator).unbind(2)
+    weight = torch.randn(q.shape, generator=generator)
+    lengths = torch.tensor([40, 11], dtype=torch.int32)
+    mask = (torch.arange(41) < lengths[:, None]) & (torch.arange(41) != 5)
+    function = functools.partial(skiparse_attention_triton, deterministic=deterministic, version=version)
+    found = output_and_gradients(function, q, k, v, weight, "full", 1, mask, lengths)
+    assert_close(found, output_and_gradients(by_definition, q, k, v, weight, "full", 1, mask, lengths))
+
+
+def test_gradients_of_the_output_in_any_layout():
+    q, k, v = torch.randn(1, 37, 3, 2, 32, generator=torch.Generator().manual_seed(8)).unbind(2)
+    layouts = (
+        torch.ones(()).expand(q.shape),
+        torch.randn(1, 1, 2, 32).expand(q.shape),
+        torch.randn(1, 32, 37, 2).permute(0, 2, 3, 1),
+    )
+    for weight in layouts:
+        for version in ("pointer", "descriptor"):
+            function = functools.partial(skiparse_attention_triton, version=version)
+            found = output_and_gradients(function, q, k, v, weight, "single", 4)
+            assert_close(found, output_and_gradients(by_definition, q, k, v, weight, "single", 4))
+
+
+def test_autocast_casts_as_for_pytorchs_own_attention():
+    q, k, v = torch.randn(1, 20, 3, 1, 16).unbind(2)
+    with torch.autocast("cpu", torch.float16):
+        assert skiparse_attention_triton(q, k, v).dtype == skiparse_attention_ref(q, k, v).dtype == torch.float16
+
+
+def test_no_gradient_of_the_gradient():
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 9, 1, 16))
+    grad = torch.autograd.grad(skiparse_attention_triton(q, k, v).sum(), q, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="autograd"):
+        grad.sum().backward()
+
+
+def test_precision_of_float32_follows_pytorchs_settings(monkeypatch):
+    """Also where the newer setting has been used, after which PyTorch refuses to read the older one."""
+    x = torch.randn(1, 20, 1, 16)
+    expected = skiparse_attention_triton(x, x, x)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert torch.allclose(skiparse_attention_triton(x, x, x), expected)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_log_sum_exp_is_in_set_order():
     q, k, v = torch.randn(2, 39, 3, 2, 32, generator=torch.Generator().manual_seed(1)).unbind(2)
     lengths = torch.tensor([39, 6], dtype=torch.int32)
@@ -302,6 +361,20 @@ def test_compiles_without_breaks_and_once_for_all_lengths(mode, monkeypatch):
         assert torch.equal(found, expected)
         assert torch.autograd.grad(found.sum(), qkv)[0].shape == qkv.shape
     assert len(compiles) == 1
+
+
+def test_a_new_length_compiles_no_kernel(tmp_path):
+    script = Path(__file__).parent / "compile_on_stand_in.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {
+        "skiparse_attention_fwd_kernel": 1,
+        "skiparse_attention_bwd_rows_kernel": 1,
+        "skiparse_attention_bwd_keys_kernel": 2,  # fused and deterministic
+        "skiparse_attention_bwd_queries_kernel": 1,
+    }
 
 
 def test_compiles_with_aot_autograd(monkeypatch):
@@ -392,6 +465,7 @@ def test_what_does_not_fit_is_refused():
         ((x, x, x, "full", 4, torch.ones(1, 3)), "key_mask"),
         ((x, x, x, "full", 4, None, torch.ones(2, dtype=torch.int32)), "key_lengths"),
         ((x, x, x, "full", 4, None, torch.ones(1)), "int32"),
+        ((x, x, x, "full", 4, torch.ones(1, 8, device="meta")), "must be on cpu"),
     ):
         for function in (skiparse_attention, skiparse_attention_triton):
             with pytest.raises(ValueError, match=words):
