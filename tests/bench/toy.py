@@ -5,6 +5,7 @@ import dataclasses
 import torch
 import triton
 import triton.language as tl
+from osp_fast.kernels import skiparse_attention_spec as attention
 from osp_fast.kernels.spec import KernelBuild, OpSpec, Shape
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -131,5 +132,16 @@ SPEC = OpSpec(
 FAULTY = dataclasses.replace(SPEC, name="faulty", builds=faulty_builds)
 
 
+def model_attention_builds(arch):
+    """The kernels of the released model's group skip, and the same at D = 128."""
+    wanted = (" D96 bf16 group ", " D128 bf16 group ")
+    unwanted = ("masked", "gluon")
+    found = [build for build in attention.builds(arch) if any(words in build.config for words in wanted)]
+    return [build for build in found if not any(words in build.config for words in unwanted)]
+
+
+MODEL_ATTENTION = dataclasses.replace(attention.SPEC, name="model_attention", builds=model_attention_builds)
+
+
 def load():
-    return {"toy": SPEC, "faulty": FAULTY}
+    return {"toy": SPEC, "faulty": FAULTY, "model_attention": MODEL_ATTENTION}
