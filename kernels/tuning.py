@@ -84,8 +84,12 @@ def candidates(kernel: str, call: Call) -> list[Config]:
         return [Config(32, 32, 16, 8, 1) if kernel == "keys" and call.arch < 90 else _FLOAT32[kernel]]
     if call.arch >= 100 and call.descriptors:
         return _BLACKWELL[kernel]
-    if kernel == "keys" and call.head_dim <= 48 and not call.descriptors:
+    if kernel != "forward" and call.head_dim <= 48 and not call.descriptors:
+        if kernel == "queries":
+            return [Config(64, 32, 16, 4, 2)]
         return [Config(32, 32, 16, 8, 2) if call.masked else Config(32, 64, 16, 4, 2)]
+    if kernel == "queries" and call.head_dim == 64 and not call.descriptors:
+        return [Config(128, 64, 16, 8, 3)]
     table = _HOPPER if call.descriptors else _POINTERS
     return table[kernel, call.head_dim > 96, call.masked]
 
