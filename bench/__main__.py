@@ -8,10 +8,10 @@ from pathlib import Path
 from osp_fast.kernels.spec import OpSpec
 
 from bench.ops import choose_ops, choose_shapes, load_specs
+from bench.results import RESULTS
 from osp_fast.cli import SentenceParser
 from osp_fast.errors import run_entry_point
 
-RESULTS = Path(__file__).parent / "results"
 ARCHS = (80, 90, 100)
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = add("report", _report, "a Markdown table of the latest results")
     add_choice(report, shapes=False)
-    report.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where they are (bench/results)")
+    report.add_argument("--results", type=Path, metavar="DIR", help="where they are (bench/results)")
     report.add_argument("--output", type=Path, metavar="FILE", help="write to this file instead of printing")
     return parser
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import triton
-from osp_fast.kernels.launch import selected_path
+from osp_fast.kernels.launch import interpreting, selected_path
 from torch import Tensor
 
 from osp_fast.errors import UserError
@@ -16,6 +16,7 @@ from osp_fast.errors import UserError
 COPY_BYTES = 1 << 30
 MATMUL_SIZE = 8192
 WARMUP_MS, MEASURE_MS = 50, 400
+FEWEST_RUNS = 10  # also of a call that takes long
 MOST_INPUT_SETS = 16
 
 # Calls that do the same on different inputs -> (median seconds, (80th - 20th percentile) / median).
@@ -30,7 +31,13 @@ def require_cuda(command: str) -> torch.device:
             "bench list and bench static work without one"
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    if selected_path(device) != "triton":
+    if interpreting():
+        raise UserError(f"TRITON_INTERPRET=1 interprets the kernels, which bench {command} does not measure: unset it")
+    try:
+        path = selected_path(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if path != "triton":
         raise UserError(f"OSP_FAST_KERNELS chooses the references, which bench {command} does not measure: unset it")
     return device
 
@@ -51,12 +58,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 def median_seconds(calls: Sequence[Callable[[], Any]]) -> tuple[float, float]:
     """The `Timer` of a GPU: device events around each run, the L2 cache overwritten before it.
 
-    `calls` take turns, so that with inputs beyond the L2 cache no run finds its own there.
+    `calls` take turns, so that with inputs beyond the L2 cache no run finds its own there. At least `FEWEST_RUNS`.
     """
     turns = itertools.cycle(calls)
-    low, median, high = triton.testing.do_bench(
-        lambda: next(turns)(), warmup=WARMUP_MS, rep=MEASURE_MS, quantiles=(0.2, 0.5, 0.8)
-    )
+    measure = functools.partial(triton.testing.do_bench, lambda: next(turns)(), quantiles=(0.2, 0.5, 0.8))
+    _, once, _ = measure(warmup=1, rep=1)
+    low, median, high = measure(warmup=WARMUP_MS, rep=max(MEASURE_MS, math.ceil(FEWEST_RUNS * once * 1.1)))
     return median * 1e-3, (high - low) / median
 
 

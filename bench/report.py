@@ -6,22 +6,28 @@ from typing import Any
 
 from osp_fast.kernels.spec import DIRECTIONS, OpSpec, Shape
 
-from bench.results import AS_WRITTEN, GATHERED, best_and_ratio, find_row, latest_runs
+from bench.results import AS_WRITTEN, GATHERED, RESULTS, best_and_ratio, find_row, latest_runs
 from bench.run import describe_ceilings
 from bench.table import markdown_table, milliseconds, percent
+from osp_fast.errors import UserError
 
 NOT_MEASURED = "not yet measured on a GPU"
 HEADERS = ["op", "shape", "direction", "device", "time", "TFLOP/s", "of matmul", "of copy", "predicted"]
 BASELINE_HEADERS = ["best with gather and scatter", "x", "best already gathered", "x"]
 
 
-def run_report(pairs: Sequence[tuple[OpSpec, Shape]], results: Path, output: Path | None) -> int:
-    """Print the report of the results under `results`, or write it to `output`."""
-    text = report_text(pairs, latest_runs(results))
+def run_report(pairs: Sequence[tuple[OpSpec, Shape]], results: Path | None, output: Path | None) -> int:
+    """Print the report of the results under `results`, by default the repository's, or write it to `output`."""
+    if results is not None and not results.is_dir():
+        raise UserError(f"--results {results}: no such folder: name the one that bench run wrote to")
+    text = report_text(pairs, latest_runs(RESULTS if results is None else results))
     if output is None:
         print(text)
     else:
-        output.write_text(text + "\n")
+        try:
+            output.write_text(text + "\n")
+        except OSError as error:
+            raise UserError(f"--output {output}: cannot be written ({error.strerror}): name another file") from None
         print(f"written to {output}")
     return 0
 

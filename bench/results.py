@@ -8,8 +8,11 @@ from typing import Any
 
 from osp_fast.errors import UserError
 
+RESULTS = Path(__file__).parent / "results"
 OURS = "osp_fast"
 AS_WRITTEN, GATHERED = "as written", "gathered"  # the layout of a baseline's inputs
+STATIC_KEYS = {"op", "kernel", "arch", "config", "registers", "spills", "shared"}
+RUN_KEYS = {"op", "date", "environment", "ceilings"}
 VARIANT = "variant"  # in its place for our own kernels that do not serve: no baseline
 
 
@@ -34,21 +37,33 @@ def read_result(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror}): give a file that bench wrote") from None
     except ValueError:
         raise UserError(f"{path}: is no JSON: give a file that bench run or bench static wrote") from None
-    is_static = isinstance(result, list) and all(isinstance(row, dict) and "kernel" in row for row in result)
-    if is_static or (isinstance(result, dict) and result.get("kind") in ("run", "tune")):
+    is_static = isinstance(result, list) and all(isinstance(row, dict) and row.keys() >= STATIC_KEYS for row in result)
+    is_measured = (
+        isinstance(result, dict) and result.get("kind") in ("run", "tune") and isinstance(result.get("rows"), list)
+    )
+    if is_static or is_measured:
         return result
     raise UserError(f"{path}: has no rows of bench run or bench static: give a file that one of them wrote")
 
 
 def latest_runs(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """(operation, device) -> the newest result of `bench run` under `folder`."""
-    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    """(operation, device) -> its newest result of `bench run` under `folder`, with each shape's newest rows.
+
+    Shapes may have been measured in runs of their own. All rows of a shape are of one run, as ratios are.
+    """
+    runs = []
     for path in sorted(folder.rglob("*.json")):
         result = read_result(path)
         if isinstance(result, dict) and result["kind"] == "run":
-            key = (result["op"], result["environment"]["device"])
-            if key not in latest or latest[key]["date"] <= result["date"]:
-                latest[key] = result
+            if missing := RUN_KEYS - result.keys():
+                raise UserError(f"{path}: lacks {', '.join(sorted(missing))}: keep only files that bench run wrote")
+            runs.append(result)
+    latest: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in sorted(runs, key=lambda run: run["date"]):
+        key = (run["op"], run["environment"]["device"])
+        measured = {row["shape"] for row in run["rows"]}
+        older = latest[key]["rows"] if key in latest else []
+        latest[key] = run | {"rows": [row for row in older if row["shape"] not in measured] + run["rows"]}
     return latest
 
 

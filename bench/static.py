@@ -18,6 +18,7 @@ from osp_fast.kernels.spec import KernelBuild, OpSpec
 from bench.build import check_compilable, empty_row, static_row
 from bench.sass import MATRIX
 from bench.table import format_table
+from osp_fast.errors import UserError
 
 WORKERS = 2
 ERROR_LENGTH = 300
@@ -29,10 +30,15 @@ TENSOR_MEMORY_COLUMNS = 512
 def run_static(specs: Sequence[OpSpec], archs: Sequence[int], json_file: Path | None) -> int:
     """Compile, print, optionally write the rows as JSON; 1 if a kernel fails its spec, else 0."""
     check_compilable()
+    if json_file is not None:  # known before minutes of compiling
+        try:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.touch()
+        except OSError as error:
+            raise UserError(f"--json {json_file}: cannot be written ({error.strerror}): name another file") from None
     jobs = [(spec.name, build) for arch in archs for spec in specs for build in spec.builds(arch)]
     rows = compile_all(jobs, _progress)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
     print(static_table(rows))
     faults = [fault for row in rows for fault in row_faults(row)]

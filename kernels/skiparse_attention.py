@@ -118,9 +118,12 @@ def skiparse_attention_ref(
     padding = -tokens % period
     if padding and key_mask is None:
         key_mask = q.new_ones((batch, tokens), dtype=torch.bool)
-    sets = [_to_sets(F.pad(x, (0, 0, 0, 0, 0, padding)), mode, sparse_n) for x in (q, k, v)]
+    if padding:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v))
+        key_mask = F.pad(key_mask, (0, padding))
+    sets = [_to_sets(x, mode, sparse_n) for x in (q, k, v)]
     if key_mask is not None:
-        key_mask = _to_sets(F.pad(key_mask, (0, padding)), mode, sparse_n)
+        key_mask = _to_sets(key_mask, mode, sparse_n)
     return _from_sets(_dense(*sets, key_mask), mode, sparse_n, batch)[:, :tokens]
 
 

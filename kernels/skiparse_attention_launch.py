@@ -18,6 +18,7 @@ from osp_fast.kernels.skiparse_attention_backward import (
 )
 from osp_fast.kernels.skiparse_attention_forward import skiparse_attention_fwd_kernel
 from osp_fast.kernels.skiparse_sets import MODE_NUMBER, count_sets, longest_set, skip_view, split_head_dim
+from osp_fast.kernels.spec import UnsupportedCall
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -85,10 +86,12 @@ def attention_forward(
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     if version == "warp_specialized":
-        if architecture(q.device) != 90 or key_mask is not None:
-            raise ValueError("version warp_specialized needs a Hopper GPU and takes no key_mask: use version auto")
-        from osp_fast.kernels.skiparse_attention_hopper import hopper_forward  # Gluon is an experimental API
+        from osp_fast.kernels.skiparse_attention_hopper import hopper_forward, supports  # Gluon is an experimental API
 
+        if architecture(q.device) != 90 or key_mask is not None or q.shape != k.shape:
+            raise UnsupportedCall("version warp_specialized needs a Hopper GPU, self-attention and no key_mask")
+        if not supports(q.dtype, q.shape[3], mode, sparse_n, q.shape[1]):
+            raise UnsupportedCall(f"version warp_specialized has no kernel for {q.dtype}, {tuple(q.shape)}, {mode}")
         return hopper_forward(q, k, v, mode, sparse_n, key_lengths)
     call, constants = _call(q, k, v, mode, sparse_n, key_mask, key_lengths, version)
     config = tuning.choose("forward", call)

@@ -13,6 +13,10 @@ from torch import Tensor
 DIRECTIONS = ("forward", "backward")
 
 
+class UnsupportedCall(ValueError):
+    """What a variant raises for a call that is not its own to serve."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """One call that users make. `sizes` are the keyword arguments of the spec's functions, and of nothing else."""

@@ -85,7 +85,8 @@ def gather(x: Tensor, mode: str, sparse_n: int) -> Tensor:
         return x
     batch, tokens = x.shape[:2]
     period = _period(mode, sparse_n)
-    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -tokens % period))
+    if tokens % period:  # padding by nothing would copy all the same
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -tokens % period))
     sets = x.reshape(batch, -1, sparse_n, period // sparse_n, *x.shape[2:])
     return sets.movedim(2, 1).reshape(batch * sparse_n, -1, *x.shape[2:])
 

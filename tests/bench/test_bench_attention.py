@@ -147,3 +147,9 @@ def test_unknown_arguments_end_the_sampled_check():
     inputs = make_inputs(tokens=9)
     with pytest.raises(ValueError, match="novelty"):
         attention_check.compare_samples({**inputs, "novelty": 1}, {}, inputs["q"], seed=0)
+
+
+def test_a_gather_that_is_a_view_copies_nothing():
+    q = torch.randn(1, 12, 3, 2, 8)[:, :, 0]
+    sets = gather(q, "single", 4)
+    assert sets.data_ptr() == q.data_ptr() and sets.shape == (4, 3, 2, 8)

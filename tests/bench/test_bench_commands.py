@@ -46,9 +46,13 @@ def test_bad_usage_is_one_sentence(toy, arguments, sentence, monkeypatch):
 def test_references_are_not_measured(toy, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    monkeypatch.setenv("OSP_FAST_KERNELS", "reference")
-    with pytest.raises(UserError, match="OSP_FAST_KERNELS chooses the references"):
+    with pytest.raises(UserError, match="TRITON_INTERPRET=1 interprets the kernels"):
         main(["verify"], toy.load)
+    monkeypatch.setattr("bench.measure.interpreting", lambda: False)
+    for value, words in (("reference", "OSP_FAST_KERNELS chooses the references"), ("fast", "'fast' is unknown")):
+        monkeypatch.setenv("OSP_FAST_KERNELS", value)
+        with pytest.raises(UserError, match=words):
+            main(["verify"], toy.load)
 
 
 def test_bad_usage_exits_with_2_and_measures_nothing(bench):
@@ -139,13 +143,22 @@ def test_compare_wants_two_files_of_one_kind(tmp_path):
 
 
 def test_report_without_results_has_the_predictions(toy, tmp_path, capsys):
-    assert main(["report", "--results", str(tmp_path / "none"), "--op", "toy"], toy.load) == 0
+    assert main(["report", "--results", str(tmp_path), "--op", "toy"], toy.load) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("not yet measured on a GPU" in line and "0.0035 ms" in line for line in lines) == 1
     assert sum("not yet measured on a GPU" in line for line in lines) == 4
     output = tmp_path / "report.md"
     assert main(["report", "--results", str(tmp_path), "--output", str(output)], toy.load) == 0
     assert output.read_text().startswith("| op | shape |")
+    for arguments, words in (
+        (["--results", str(tmp_path / "none")], "no such folder"),
+        (["--results", str(tmp_path), "--output", str(tmp_path / "none/x.md")], "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=words):
+            main(["report", *arguments], toy.load)
+    (tmp_path / "odd.json").write_text('{"kind": "run", "rows": []}')
+    with pytest.raises(UserError, match="lacks ceilings, date, environment, op"):
+        main(["report", "--results", str(tmp_path)], toy.load)
 
 
 def test_tables():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from osp_fast.kernels.spec import Shape
+from osp_fast.kernels.spec import Shape, UnsupportedCall
 
 from bench import measure, run, tune, verify
 from bench.accuracy import relative_error
@@ -263,6 +263,30 @@ def test_attention_candidates_are_those_of_the_version_that_serves():
         assert len(found) == len(set(found)) and {kernel for kernel, _ in found} == set(tune.tuning.KERNELS)
         call = tune.tuning.Call(arch, torch.bfloat16, 96, "single", False, descriptors)
         assert [config for kernel, config in found if kernel == "keys"] == tune.tuning.candidates("keys", call)
+
+
+def test_shapes_measured_in_runs_of_their_own_are_all_reported(tmp_path):
+    environment = {"device": "X"}
+    for date, shape, seconds in (("1", "a", 1.0), ("2", "b", 2.0), ("3", "a", 3.0)):
+        row = {"shape": shape, "direction": "forward", "implementation": "osp_fast", "seconds": seconds}
+        result = {"kind": "run", "op": "o", "date": date, "environment": environment, "ceilings": {}, "rows": [row]}
+        write_result(result_path(tmp_path, "X", "o"), result)
+    (latest,) = latest_runs(tmp_path).values()
+    assert {row["shape"]: row["seconds"] for row in latest["rows"]} == {"b": 2.0, "a": 3.0}
+
+
+def test_a_variant_may_refuse_a_call_and_may_not_break(toy):
+    def refuse(**inputs):
+        raise UnsupportedCall("not mine")
+
+    def breaks(**inputs):
+        raise ValueError("too many values to unpack")
+
+    spec = dataclasses.replace(toy.SPEC, variants={"choosy": refuse, "broken": breaks})
+    verdicts = [
+        verify.check_case(spec, spec.shapes[1], torch.float32, 0, CPU, name)["verdict"] for name in spec.variants
+    ]
+    assert verdicts == ["refused: not mine", "error: too many values to unpack"]
 
 
 @pytest.mark.parametrize("mode", ["full", "group"])
