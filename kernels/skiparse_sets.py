@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-FULL, SINGLE, GROUP = 0, 1, 2
-MODE_NUMBER = {"full": FULL, "single": SINGLE, "group": GROUP}
+MODE_NUMBER = {"full": 0, "single": 1, "group": 2}
+FULL, SINGLE, GROUP = (tl.constexpr(number) for number in MODE_NUMBER.values())
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
@@ -43,9 +43,9 @@ def longest_set(tokens: int, mode: str, sparse_n: int) -> int:
 @triton.jit
 def set_length(tokens, skip_set, MODE: tl.constexpr, K: tl.constexpr):
     """How many of the first `tokens` tokens are in set `skip_set`."""
-    if MODE == 0:
+    if MODE == FULL:
         return tokens
-    if MODE == 1:
+    if MODE == SINGLE:
         return (tokens - skip_set + K - 1) // K
     rest = tokens % (K * K) - skip_set * K
     return tokens // (K * K) * K + tl.minimum(tl.maximum(rest, 0), K)
@@ -54,9 +54,9 @@ def set_length(tokens, skip_set, MODE: tl.constexpr, K: tl.constexpr):
 @triton.jit
 def token_of(position, skip_set, MODE: tl.constexpr, K: tl.constexpr):
     """The tokens at `position` (a vector) of set `skip_set`."""
-    if MODE == 0:
+    if MODE == FULL:
         return position
-    if MODE == 1:
+    if MODE == SINGLE:
         return position * K + skip_set
     unsigned = position.to(tl.uint32)  # division is a shift without a correction for negative numbers
     return position + (unsigned // K * (K * K - K)).to(tl.int32) + skip_set * K
@@ -109,7 +109,7 @@ def add_rows(base, tokens, visible, token_stride, low, high, LOW: tl.constexpr, 
 def _load_box(
     view, batch, skip_set, start, column, MODE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    if MODE == 2:
+    if MODE == GROUP:
         box = view.load([batch, start // K, skip_set, 0, column])
     else:
         box = view.load([batch, start, skip_set, column])
@@ -134,7 +134,7 @@ def _add_box(
     view, batch, skip_set, start, column, value,
     MODE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    if MODE == 2:
+    if MODE == GROUP:
         view.atomic_add([batch, start // K, skip_set, 0, column], tl.reshape(value, (1, ROWS // K, 1, K, WIDTH)))
     else:
         view.atomic_add([batch, start, skip_set, column], tl.reshape(value, (1, ROWS, 1, WIDTH)))
