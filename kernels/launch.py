@@ -11,6 +11,8 @@ import torch
 from triton import knobs
 
 PATHS = ("triton", "reference")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OLDEST = 80  # compute capability 8.0
 
 
 def interpreting() -> bool:
@@ -28,6 +30,27 @@ def selected_path(device: torch.device) -> str:
     if value == "triton" and device.type != "cuda" and not interpreting():
         raise ValueError("OSP_FAST_KERNELS=triton needs an NVIDIA GPU: unset it, or set TRITON_INTERPRET=1 to test")
     return value
+
+
+# The decision is the process's, not the graph's: torch.compile takes it as a constant.
+constant_path = torch.compiler.assume_constant_result(selected_path)
+
+
+def check_triton(operation: str, *tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """Raises ValueError where Triton cannot serve these tensors: no GPU, an old one, another dtype, two devices."""
+    device = tensors[0].device
+    if device.type != "cuda" and not interpreting():
+        raise ValueError(f"{operation} by Triton needs an NVIDIA GPU, and the tensors are on {device.type}")
+    if device.type == "cuda" and architecture(device) < OLDEST:
+        raise ValueError(
+            f"{operation} by Triton needs compute capability 8.0, this GPU has {architecture(device) / 10}"
+        )
+    for x in tensors:
+        if x.device != device:
+            raise ValueError(f"{operation}: all tensors must be on {device}, where the first is, not on {x.device}")
+        if x.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(f"{operation} by Triton takes {names}, not {str(x.dtype).removeprefix('torch.')}")
 
 
 def architecture(device: torch.device) -> int:

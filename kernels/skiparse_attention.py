@@ -18,7 +18,7 @@ tolerances and predicted times in `skiparse_attention_spec.py`.
 
 import torch
 import torch.nn.functional as F
-from osp_fast.kernels.launch import architecture, current, selected_path
+from osp_fast.kernels.launch import architecture, constant_path, current
 from osp_fast.kernels.skiparse_attention_launch import (
     VERSIONS,
     attention_backward,
@@ -49,7 +49,7 @@ def skiparse_attention(
     the same bits each time; None takes `torch.are_deterministic_algorithms_enabled()`.
     Raises ValueError on an unknown mode, shapes that do not fit, or lengths that differ in a skip mode.
     """
-    if _path(q.device) == "triton":
+    if constant_path(q.device) == "triton":
         return skiparse_attention_triton(q, k, v, mode, sparse_n, key_mask, key_lengths, deterministic)
     check_arguments(q, k, v, mode, sparse_n, key_mask, key_lengths)
     return skiparse_attention_ref(q, k, v, mode, sparse_n, key_mask, key_lengths)
@@ -182,10 +182,6 @@ def check_arguments(
         raise ValueError(f"key_mask {tuple(key_mask.shape)} must be (B, keys) = {tuple(k.shape[:2])}")
     if key_lengths is not None and (key_lengths.shape != k.shape[:1] or key_lengths.dtype != torch.int32):
         raise ValueError(f"key_lengths {tuple(key_lengths.shape)} {key_lengths.dtype} must be (B,) int32")
-
-
-# The decision is the process's, not the graph's: torch.compile takes it as a constant.
-_path = torch.compiler.assume_constant_result(selected_path)
 
 
 @torch.library.custom_op("osp_fast::skiparse_attention", mutates_args=())

@@ -3,7 +3,7 @@
 An operation without a spec is not done. Tolerances live here and nowhere else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,8 @@ class KernelBuild:
     aligned: names of pointers and integers that may be taken as multiples of 16, as they are when launched
     expects: instructions that the binary must hold, ("HGMMA", "UTMALDG"); the static report fails without them
     may_spill: spills are reported but no fault, as on an architecture that is compiled for and not yet tuned for
+    narrow: how many instructions of the binary may touch global memory with less than 16 bytes a thread, those for
+        scalars and short vectors; None: not counted
     """
 
     kernel: Any
@@ -50,25 +52,44 @@ class KernelBuild:
     expects: tuple[str, ...] = ()
     maxnreg: int | None = None
     may_spill: bool = False
+    narrow: int | None = None
+
+
+Result = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """How an operation is tuned.
+
+    candidates: (inputs, architecture) -> every (kernel, configuration) to time; a kernel is named as it is in
+        `tuning.pick`, the first candidate of each is the one chosen
+    bind: (inputs, kernel) -> a call that launches this kernel in the thread that makes it
+    """
+
+    candidates: Callable[[dict[str, Any], int], Iterator[tuple[str, Any]]]
+    bind: Callable[[dict[str, Any], str], Callable[[], Any]]
 
 
 @dataclass(frozen=True)
 class OpSpec:
     """An operation, its reference and what its calls cost.
 
-    operation, reference: take what `make_inputs` gives as keyword arguments, return one tensor
+    operation, reference: take what `make_inputs` gives as keyword arguments, return a tensor or a tuple of them
     make_inputs: (device=, dtype=, seed=, **sizes) -> keyword arguments; tensors that need gradients say so
     shapes: the calls that are timed and checked on a GPU
     tolerances: dtype -> relative error ||out - ref|| / ||ref|| allowed against float64, (forward, gradients)
     flops, bytes: (direction, **sizes) -> operations that the mathematics needs, bytes that must move (bf16)
+        (backward: from the gradients of the results to those of the inputs, with what it reads again)
     predicted: (direction, **sizes) -> seconds expected on one H100 SXM, written down before it was measured
     builds: architecture number -> what to compile ahead of time
     variants: name -> another kernel of ours for the same calls, which is verified and timed but does not serve yet
+    tunable: what `bench run --tune` needs, None for an operation without a choice
     """
 
     name: str
-    operation: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    operation: Callable[..., Result]
+    reference: Callable[..., Result]
     make_inputs: Callable[..., dict[str, Any]]
     shapes: tuple[Shape, ...]
     tolerances: dict[torch.dtype, tuple[float, float]]
@@ -76,4 +97,5 @@ class OpSpec:
     bytes: Callable[..., float]
     predicted: Callable[..., float]
     builds: Callable[[int], list[KernelBuild]] = field(repr=False)
-    variants: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+    variants: dict[str, Callable[..., Result]] = field(default_factory=dict)
+    tunable: Tunable | None = None

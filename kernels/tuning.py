@@ -5,12 +5,15 @@ times on a GPU may change it (`python -m bench run --tune`). `forced` overrides 
 in the bench, in the thread that launches: a backward pass on a GPU runs in another, the backward operation does not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+
+AnyConfig = TypeVar("AnyConfig")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,22 @@ class Config:
 
 
 @dataclass(frozen=True)
+class RowConfig:
+    """One way to run a kernel that streams rows through registers.
+
+    rows: rows (or pixels) of a block; programs: per multiprocessor, for kernels that walk over blocks
+    """
+
+    rows: int
+    num_warps: int
+    num_stages: int = 1
+    programs: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows {self.num_warps} warps {self.num_stages} stages {self.programs} programs"
+
+
+@dataclass(frozen=True)
 class Call:
     """What the choice depends on. arch: compute capability as a number, 0 in the interpreter."""
 
@@ -46,7 +65,7 @@ class Call:
 class Forced:
     """A configuration that overrides the table, and whether any launch has asked for it."""
 
-    config: Config
+    config: Any
     used: bool = False
 
 
@@ -54,18 +73,23 @@ KERNELS = ("forward", "keys", "queries")
 _forced: ContextVar[dict[str, Forced] | None] = ContextVar("forced", default=None)
 
 
-def choose(kernel: str, call: Call) -> Config:
-    """The configuration of one of `KERNELS` of skiparse attention."""
+def pick(kernel: str, rows: Sequence[AnyConfig]) -> AnyConfig:
+    """The configuration of a kernel: the first of its candidates, unless one is forced. Names are unique over all."""
     override = (_forced.get() or {}).get(kernel)
     if override is None:
-        return candidates(kernel, call)[0]
+        return rows[0]
     override.used = True
     return override.config
 
 
+def choose(kernel: str, call: Call) -> Config:
+    """The configuration of one of `KERNELS` of skiparse attention."""
+    return pick(kernel, candidates(kernel, call))
+
+
 @contextmanager
-def forced(kernel: str, config: Config) -> Iterator[Forced]:
-    """Within it `choose` gives `config` for `kernel`."""
+def forced(kernel: str, config: Any) -> Iterator[Forced]:
+    """Within it `pick` gives `config` for `kernel`."""
     override = Forced(config)
     token = _forced.set({**(_forced.get() or {}), kernel: override})
     try:
