@@ -1,10 +1,9 @@
-"""adaln, channel_norm, haar, causal_conv3d: references against their formulas, and chunk by chunk."""
+"""channel_norm, haar, causal_conv3d: references against their formulas, and chunk by chunk."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from osp_fast.kernels import launch
-from osp_fast.kernels.adaln import gate_residual_ref, norm_modulate_ref
 from osp_fast.kernels.causal_conv3d import causal_conv3d_ref
 from osp_fast.kernels.channel_norm import channel_norm_ref
 from osp_fast.kernels.haar import haar2d_ref, haar3d_ref, inverse_haar2d_ref, inverse_haar3d_ref
@@ -14,20 +13,6 @@ from osp_fast.kernels.launch import selected_path
 def normed(x, dim, eps):
     mean = x.mean(dim, keepdim=True)
     return (x - mean) / ((x - mean).square().mean(dim, keepdim=True) + eps).sqrt()
-
-
-def test_norm_modulate():
-    x, shift, scale = torch.randn(2, 5, 7).double(), torch.randn(2, 7).double(), torch.randn(2, 7).double()
-    expected = normed(x, -1, 1e-6) * (1 + scale[:, None]) + shift[:, None]
-    assert torch.allclose(norm_modulate_ref(x, shift, scale, 1e-6), expected)
-    weight, bias = torch.randn(7).double(), torch.randn(7).double()
-    expected = (normed(x, -1, 1e-6) * weight + bias) * (1 + scale[:, None]) + shift[:, None]
-    assert torch.allclose(norm_modulate_ref(x, shift, scale, 1e-6, weight, bias), expected)
-
-
-def test_gate_residual():
-    x, y, gate = torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.randn(2, 7)
-    assert torch.allclose(gate_residual_ref(x, gate, y), x + gate[:, None] * y, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 4, 5), (1, 6, 3, 4, 5)])
