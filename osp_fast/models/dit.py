@@ -5,16 +5,16 @@ Parameters of one product are fused (q, k, v; k, v of the text); checkpoints kee
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from osp_fast.kernels.adaln import gate_residual_ref, norm_modulate_ref
+from osp_fast.kernels.adaln import gate_residual, gate_residual_norm_modulate, norm_modulate
 from osp_fast.kernels.rope3d import rope3d_table
 from osp_fast.models.attention import CrossAttention, SelfAttention, VisibleKeys, describe_attention
 from osp_fast.models.attention_backends import select_attention
@@ -113,6 +113,16 @@ class TimeEmbedding(nn.Module):
         return embedded, self.modulation(F.silu(embedded)).unflatten(-1, (6, -1))
 
 
+class Pending(NamedTuple):
+    """What the last layer made and is still to be added to the residual stream: x + gate * y.
+
+    The norm that follows adds it, in the same pass over memory. y (B, N, d), gate (B, d) or None for 1.
+    """
+
+    y: Tensor
+    gate: Tensor | None
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward."""
 
@@ -129,19 +139,42 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        pending: Pending | None,
         time: Tensor,
         rope: tuple[Tensor, Tensor],
         tokens: VisibleKeys,
         text: Tensor,
         text_tokens: VisibleKeys,
-    ) -> Tensor:
-        """x (B, N, d), time (B, 6, d), text (B, L, d); which of N and L are real."""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.scale_shift_table + time).unbind(1)
-        modulated = norm_modulate_ref(x, shift_a, scale_a, self.norm1.eps, self.norm1.weight, self.norm1.bias)
-        x = gate_residual_ref(x, gate_a, self.self_attention(modulated, rope, tokens))
-        x = x + self.cross_attention(x, text, text_tokens)
-        modulated = norm_modulate_ref(x, shift_f, scale_f, self.norm2.eps, self.norm2.weight, self.norm2.bias)
-        return gate_residual_ref(x, gate_f, self.ff(modulated))
+        finish: bool = False,
+    ) -> tuple[Tensor, Pending | None]:
+        """x (B, N, d) and what is still to be added to it; time (B, 6, d), text (B, L, d); which of N and L are real.
+
+        Returns the residual stream in x's dtype, without the feed-forward's part, and that part; `finish` adds it.
+        """
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = time.unbind(1)
+        table = self.scale_shift_table.unbind(0)
+        x, normed = _add_norm_modulate(x, pending, (shift_a, scale_a), table[0:2], self.norm1)
+        x = gate_residual(x, gate_a, self.self_attention(normed, rope, tokens), gate_table=table[2])
+        added = Pending(self.cross_attention(x, text, text_tokens), None)
+        x, normed = _add_norm_modulate(x, added, (shift_f, scale_f), table[3:5], self.norm2)
+        if finish:
+            return gate_residual(x, gate_f, self.ff(normed), gate_table=table[5]), None
+        # The sum with the table's row is made here: the next block must not need this one's parameters.
+        return x, Pending(self.ff(normed), gate_f + table[5])
+
+
+def _add_norm_modulate(
+    x: Tensor, pending: Pending | None, vectors: Sequence[Tensor], rows: Sequence[Tensor], norm: nn.LayerNorm
+) -> tuple[Tensor, Tensor]:
+    """x with what was pending added, and its norm modulated, in the dtype that products take.
+
+    vectors: shift and scale of each sample, (B, d); rows: of the table, (d,), added to them.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    options = dict(shift_table=rows[0], scale_table=rows[1], weight=norm.weight, bias=norm.bias, dtype=dtype)
+    if pending is None:
+        return x, norm_modulate(x, *vectors, norm.eps, **options)
+    return gate_residual_norm_modulate(x, pending.gate, pending.y, *vectors, norm.eps, **options)
 
 
 class DiT(PretrainedModel):
@@ -174,6 +207,7 @@ class DiT(PretrainedModel):
             nn.Linear(config.caption_channels, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
         )
         self.transformer_blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        self.norm_out = nn.LayerNorm(width, HEAD_NORM_EPS, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
         self.proj_out = nn.Linear(width, math.prod(config.patch) * config.out_channels)
 
@@ -258,15 +292,16 @@ class DiT(PretrainedModel):
         if latent_mask is not None:
             token_mask = F.max_pool3d(latent_mask[:, None].float(), patch).flatten(1).bool()
         tokens, text_tokens = VisibleKeys.from_mask(token_mask), VisibleKeys.from_mask(text_mask)
+        pending = None
         for block in self.transformer_blocks:
-            arguments = (x, time, rope, tokens, text, text_tokens)
+            arguments = (x, pending, time, rope, tokens, text, text_tokens)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                # Between blocks one tensor is kept instead of two; adding the second costs a pass of its own.
+                x, pending = checkpoint(block, *arguments, True, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(*arguments)
-        shift, scale = (self.scale_shift_table + embedded[:, None]).unbind(1)
-        x = self.proj_out(norm_modulate_ref(x, shift, scale, HEAD_NORM_EPS))
-        return self._unpatchify(x, size)
+                x, pending = block(*arguments)
+        _, x = _add_norm_modulate(x, pending, (embedded, embedded), self.scale_shift_table.unbind(0), self.norm_out)
+        return self._unpatchify(self.proj_out(x), size)
 
     def _unpatchify(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         """(B, N, p_t * p_h * p_w * C) -> (B, C, T, H, W)."""
