@@ -36,15 +36,22 @@ def selected_path(device: torch.device) -> str:
 constant_path = torch.compiler.assume_constant_result(selected_path)
 
 
+@torch.compiler.assume_constant_result
+def _obstacle(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on `device`, or None."""
+    if device.type != "cuda":
+        return None if interpreting() else f"needs an NVIDIA GPU, and the tensors are on {device.type}"
+    if architecture(device) < OLDEST:
+        return f"needs compute capability 8.0, and this GPU has {architecture(device) / 10}"
+    return None
+
+
 def check_triton(operation: str, *tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     """Raises ValueError where Triton cannot serve these tensors: no GPU, an old one, another dtype, two devices."""
     device = tensors[0].device
-    if device.type != "cuda" and not interpreting():
-        raise ValueError(f"{operation} by Triton needs an NVIDIA GPU, and the tensors are on {device.type}")
-    if device.type == "cuda" and architecture(device) < OLDEST:
-        raise ValueError(
-            f"{operation} by Triton needs compute capability 8.0, this GPU has {architecture(device) / 10}"
-        )
+    obstacle = _obstacle(device)
+    if obstacle is not None:
+        raise ValueError(f"{operation} by Triton {obstacle}")
     for x in tensors:
         if x.device != device:
             raise ValueError(f"{operation}: all tensors must be on {device}, where the first is, not on {x.device}")
