@@ -7,7 +7,7 @@
 x, y are (B, N, d) in any strides with contiguous channels, in types of their own; gate, shift and scale are (B, d), a
 vector of each sample; the gate may be missing. Each may come as two parts, the sample's vector and a table's row (d,)
 that all samples share, which are added inside: what AdaLN-single's blocks have. norm is LayerNorm (or RMSNorm) over d
-with optional weight and bias (d,). Everything is computed in float32; r has x's type and is normalised as rounded to it.
+with optional weight and bias (d,). All is computed in float32; r has x's type and is normalised as rounded to it.
 bfloat16, float16, float32.
 
 Source: "Scalable Diffusion Models with Transformers" (Peebles and Xie, 2022), adaLN-Zero; the shared vectors are those
