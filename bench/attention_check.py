@@ -28,12 +28,12 @@ def too_large(inputs: dict[str, Any]) -> bool:
 
 
 def compare_samples(
-    inputs: dict[str, Any], found: dict[str, Tensor], cotangent: Tensor, seed: int, samples: int = SAMPLES
+    inputs: dict[str, Any], found: dict[str, Tensor], cotangents: dict[str, Tensor], seed: int, samples: int = SAMPLES
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """out, dq, dk, dv -> (found, expected): out of every query, gradients of sampled tokens, the same in every sample.
 
-    found: the results of the operation, under those names; cotangent: (B, N, H, D), as is out. Raises ValueError on
-    an argument that is not one of `KNOWN`.
+    found: the results of the operation, under those names; cotangents: "out" -> (B, N, H, D), as is out. Raises
+    ValueError on an argument that is not one of `KNOWN`.
     """
     unknown = {name for name, value in inputs.items() if value is not None} - KNOWN
     if unknown:
@@ -50,7 +50,7 @@ def compare_samples(
             keys = keys[visible[keys]]
             if not len(keys):
                 continue
-            part = (q[sample], k[sample, keys].double(), v[sample, keys].double(), cotangent[sample])
+            part = (q[sample], k[sample, keys].double(), v[sample, keys].double(), cotangents["out"][sample])
             into = (out[sample], dq[sample], dk[sample], dv[sample])
             chosen = torch.isin(keys, columns).nonzero()[:, 0]
             _one_set(part, queries, keys, torch.isin(queries, rows), chosen, into)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 import triton
 from osp_fast.kernels.launch import interpreting, selected_path
+from osp_fast.kernels.spec import Result
 from torch import Tensor
 
+from bench.accuracy import differentiable
 from osp_fast.errors import UserError
 
 COPY_BYTES = 1 << 30
@@ -89,21 +91,22 @@ def ceilings(device: torch.device, timer: Timer = median_seconds) -> dict[str, f
 
 
 def direction_calls(
-    bound: Sequence[tuple[Callable[[], Tensor], Sequence[Tensor]]], direction: str
+    bound: Sequence[tuple[Callable[[], Result], Sequence[Tensor]]], direction: str
 ) -> list[Callable[[], Any]]:
     """What is timed, for each set of inputs: (call, leaves) -> the call without graph, or the gradients of the leaves.
 
-    backward keeps the graph of one forward call, which is not timed, and takes the gradients of it again and again.
+    backward keeps the graph of one forward call, which is not timed, and takes the gradients of it again and again,
+    from a random gradient of each result that has one.
     """
     return [(_forward_call if direction == "forward" else _backward_call)(*pair) for pair in bound]
 
 
-def _forward_call(call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], Any]:
+def _forward_call(call: Callable[[], Result], leaves: Sequence[Tensor]) -> Callable[[], Any]:
     return torch.no_grad()(call)
 
 
-def _backward_call(call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], Any]:
+def _backward_call(call: Callable[[], Result], leaves: Sequence[Tensor]) -> Callable[[], Any]:
     with torch.enable_grad():
-        out = call()
-    cotangent = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+        outs = list(differentiable(call()).values())
+    cotangents = [torch.randn_like(out) for out in outs]
+    return lambda: torch.autograd.grad(outs, leaves, cotangents, retain_graph=True)

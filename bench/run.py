@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from osp_fast.kernels.spec import DIRECTIONS, OpSpec, Shape
+from osp_fast.kernels.spec import DIRECTIONS, OpSpec, Result, Shape
 from torch import Tensor
 
-from bench.accuracy import gradient_leaves, relative_error
+from bench.accuracy import gradient_leaves, largest_error, named
 from bench.baselines import Baseline, Unavailable, baselines_of
 from bench.measure import (
     Timer,
@@ -88,14 +88,18 @@ def measure_op(
 def measure_shape(
     spec: OpSpec, shape: Shape, device: torch.device, limits: dict[str, float], timer: Timer
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row per implementation and direction, ours first. What cannot run has a reason instead of figures."""
+    """Yield a row per implementation and direction, ours first. What cannot run has a reason instead of figures.
+
+    An operation none of whose inputs takes a gradient has no backward.
+    """
     sets = make_input_sets(spec, shape, device)
+    directions = DIRECTIONS if gradient_leaves(sets[0]) else ("forward",)
     expected = None
     variants = (ours(function, f"{OURS} {name}", VARIANT) for name, function in spec.variants.items())
     # Variants are unproven: last, so that one that breaks the device takes no baseline with it.
     for implementation in (ours(spec.operation), *baselines_of(spec.name), *variants):
         reason = None
-        for direction in DIRECTIONS:
+        for direction in directions:
             seconds = spread = None
             try:
                 if reason is None:
@@ -123,10 +127,10 @@ def reason_of(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:REASON_LENGTH]
 
 
-def ours(function: Callable[..., Tensor], name: str = OURS, layout: str = AS_WRITTEN) -> Baseline:
+def ours(function: Callable[..., Result], name: str = OURS, layout: str = AS_WRITTEN) -> Baseline:
     """The operation itself, or a variant of it, in the form of a baseline."""
 
-    def bind(inputs: dict[str, Any]) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    def bind(inputs: dict[str, Any]) -> tuple[Callable[[], Result], list[Tensor]]:
         return lambda: function(**inputs), list(gradient_leaves(inputs).values())
 
     return Baseline(name, layout, bind, lambda out, inputs: out)
@@ -180,13 +184,17 @@ def ratio_table(result: dict[str, Any]) -> str:
 
 
 def _checked_result(
-    implementation: Baseline, call: Callable[[], Tensor], inputs: dict[str, Any], expected: Tensor | None
-) -> Tensor:
-    """The result of one call in the operation's layout. Raises Unavailable if it is not what was expected."""
+    implementation: Baseline, call: Callable[[], Result], inputs: dict[str, Any], expected: Result | None
+) -> Result:
+    """The result of one call in the operation's layout. Raises Unavailable if any of it is not what was expected."""
     with torch.no_grad():
         result = implementation.restore(call(), inputs)
     if expected is not None:
-        error = relative_error(result, expected)
+        found, wanted = named(result), named(expected)
+        shapes, wanted_shapes = ([tuple(x.shape) for x in results.values()] for results in (found, wanted))
+        if shapes != wanted_shapes:
+            raise Unavailable(f"its results have shapes {shapes}, ours have {wanted_shapes}")
+        error = largest_error(found, wanted)
         if not error <= BASELINE_TOLERANCE:
             raise Unavailable(f"its result differs from ours by {error:.1e}")
     return result

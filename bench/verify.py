@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from osp_fast.kernels.spec import OpSpec, Shape, UnsupportedCall
+from osp_fast.kernels.spec import OpSpec, Result, Shape, UnsupportedCall
 from torch import Tensor
 
 from bench import attention_check
-from bench.accuracy import in_float64, relative_error, results, with_gradients
+from bench.accuracy import draw_cotangents, in_float64, relative_error, results, with_gradients
 from bench.measure import environment, require_cuda
 from bench.run import reason_of
 from bench.table import format_table
@@ -45,7 +45,7 @@ def check_case(
 
     variant: one of the spec's in place of the operation; a call that it refuses is "refused", which is no failure.
 
-    errors: "out" and "d" + input name -> ||found - expected|| / ||expected||
+    errors: "out" ("out0", "out1", ... of several) and "d" + input name -> ||found - expected|| / ||expected||
     repeat: the largest relative difference between two runs, 0.0 if every bit is the same
     verdict: "ok" or why not. A forward result that changes fails; gradients may change within their tolerance.
     """
@@ -70,10 +70,9 @@ def verify_table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per check."""
     lines = []
     for row in rows:
-        gradients = [(error, name) for name, error in row["errors"].items() if name != "out"]
-        worst = max(gradients, key=lambda pair: (pair[0] != pair[0], pair[0]), default=None)  # NaN is the worst
+        worst = [_worst(row["errors"], outputs) for outputs in (True, False)]
         repeat = "equal" if row["repeat"] == 0 else _scientific(row["repeat"])
-        figures = [_scientific(row["errors"].get("out")), worst and f"{worst[0]:.1e} {worst[1]}", repeat]
+        figures = [worst[0] and worst[0].removesuffix(" out"), worst[1], repeat]
         names = [row["op"], row["shape"], row["dtype"], row["seed"]]
         lines.append([*names, *figures, row["reference"], row["verdict"]])
     headers = ["op", "shape", "type", "seed", "error", "worst gradient", "run twice", "reference", "verdict"]
@@ -81,21 +80,20 @@ def verify_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _compare(
-    spec: OpSpec, function: Callable[..., Tensor], shape: Shape, dtype: torch.dtype, seed: int, device: torch.device
+    spec: OpSpec, function: Callable[..., Result], shape: Shape, dtype: torch.dtype, seed: int, device: torch.device
 ) -> dict[str, Any]:
     inputs = spec.make_inputs(device=device, dtype=dtype, seed=seed, **shape.sizes)
-    out = function(**inputs)
-    generator = torch.Generator(device).manual_seed(stable_seed("cotangent", seed))
-    cotangent = torch.randn(out.shape, generator=generator, device=device, dtype=torch.float32).to(out.dtype)
-    first = with_gradients(out, inputs, cotangent)
-    second = results(function, inputs, cotangent)
+    result = function(**inputs)
+    cotangents = draw_cotangents(result, torch.Generator(device).manual_seed(stable_seed("cotangent", seed)))
+    first = with_gradients(result, inputs, cotangents)
+    second = results(function, inputs, cotangents)
     repeats = {name: _difference(second[name], x) for name, x in first.items()}
     too_large, sampled = SAMPLED.get(spec.name, (None, None))
     if too_large is not None and too_large(inputs):
-        compared = sampled(inputs, first, cotangent, seed)
+        compared = sampled(inputs, first, cotangents, seed)
         reference = "float64, gradients sampled"
     else:
-        expected = results(spec.reference, in_float64(inputs), cotangent)
+        expected = results(spec.reference, in_float64(inputs), cotangents)
         compared = {name: (x, expected[name]) for name, x in first.items()}
         reference = "float64"
     errors = {name: relative_error(*pair) for name, pair in compared.items()}
@@ -110,13 +108,24 @@ def _verdict(row: dict[str, Any], tolerances: tuple[float, float]) -> str:
     forward, gradient = tolerances
     wrong = []
     for name, error in row["errors"].items():
-        allowed = forward if name == "out" else gradient
+        allowed = forward if _is_output(name) else gradient
         if not error <= allowed:  # NaN too
             wrong.append(f"{name} {error:.1e} > {allowed:.0e}")
     for name, difference in row["repeats"].items():
-        if not difference <= (0.0 if name == "out" else gradient):
+        if not difference <= (0.0 if _is_output(name) else gradient):
             wrong.append(f"{name} of two equal calls differs by {difference:.1e}")
     return "; ".join(wrong) or "ok"
+
+
+def _is_output(name: str) -> bool:
+    return not name.startswith("d")  # as gradients do
+
+
+def _worst(errors: dict[str, float], outputs: bool) -> str | None:
+    """The largest error of the outputs or of the gradients, with its name."""
+    pairs = [(error, name) for name, error in errors.items() if _is_output(name) == outputs]
+    worst = max(pairs, key=lambda pair: (pair[0] != pair[0], pair[0]), default=None)  # NaN is the worst
+    return worst and f"{worst[0]:.1e} {worst[1]}"
 
 
 def _scientific(value: float | None) -> str | None:

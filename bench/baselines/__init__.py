@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from osp_fast.kernels.spec import Result
 from torch import Tensor
 
 
@@ -26,8 +27,8 @@ class Baseline:
 
     name: str
     layout: str
-    bind: Callable[[dict[str, Any]], tuple[Callable[[], Tensor], Sequence[Tensor]]]
-    restore: Callable[[Tensor, dict[str, Any]], Tensor]
+    bind: Callable[[dict[str, Any]], tuple[Callable[[], Result], Sequence[Tensor]]]
+    restore: Callable[[Result, dict[str, Any]], Result]
 
 
 def baselines_of(op: str) -> tuple[Baseline, ...]:

@@ -48,7 +48,7 @@ def test_baselines_and_their_gradients(name, make_baseline):
     call, leaves = baseline.bind(inputs)
     out = baseline.restore(call(), inputs)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected = results(skiparse_attention_ref, inputs, cotangent)
+    expected = results(skiparse_attention_ref, inputs, {"out": cotangent})
     assert relative_error(out, expected["out"]) < 1e-12
     skip = () if baseline.layout == "as written" else (inputs["mode"] if inputs["sparse_n"] > 1 else "full",)
     for x, gradient in zip("qkv", torch.autograd.grad(out, leaves, cotangent), strict=True):
@@ -105,8 +105,8 @@ def test_the_sampled_check_is_the_float64_reference(name, samples, monkeypatch):
     monkeypatch.setattr(attention_check, "CHUNK_ELEMENTS", 100)  # several chunks of queries
     inputs = make_inputs(**CALLS[name], dtype=torch.float32)
     cotangent = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(1))
-    expected = results(skiparse_attention_ref, in_float64(inputs), cotangent)
-    compared = attention_check.compare_samples(inputs, expected, cotangent, seed=3, samples=samples)
+    expected = results(skiparse_attention_ref, in_float64(inputs), {"out": cotangent})
+    compared = attention_check.compare_samples(inputs, expected, {"out": cotangent}, seed=3, samples=samples)
     assert set(compared) == {"out", "dq", "dk", "dv"}
     for found, sampled in compared.values():
         assert found.shape == sampled.shape and relative_error(found, sampled) < 1e-12
@@ -119,8 +119,8 @@ def test_invisible_keys_and_lengths_in_the_sampled_check():
     masked = {**inputs, "key_lengths": None, "key_mask": torch.arange(6) < inputs["key_lengths"][:, None]}
     cotangent = torch.ones(inputs["q"].shape, dtype=torch.float64)
     del masked["key_lengths"]
-    expected = results(skiparse_attention_ref, masked, cotangent)
-    compared = attention_check.compare_samples(inputs, expected, cotangent, seed=3)
+    expected = results(skiparse_attention_ref, masked, {"out": cotangent})
+    compared = attention_check.compare_samples(inputs, expected, {"out": cotangent}, seed=3)
     assert max(relative_error(*pair) for pair in compared.values()) < 1e-12
     assert not compared["out"][1][1].any() and not compared["dv"][1][0, 4:].any()
 
@@ -130,9 +130,9 @@ def test_the_sampled_check_sees_one_wrong_token_at_either_end():
     cotangent = torch.ones(inputs["q"].shape, dtype=torch.float64)
     for token in (0, 79):
         for name in ("out", "dq", "dk", "dv"):
-            found = results(skiparse_attention_ref, inputs, cotangent)
+            found = results(skiparse_attention_ref, inputs, {"out": cotangent})
             found[name][1, token] *= 2
-            compared = attention_check.compare_samples(inputs, found, cotangent, seed=3, samples=40)
+            compared = attention_check.compare_samples(inputs, found, {"out": cotangent}, seed=3, samples=40)
             wrong = [key for key, pair in compared.items() if relative_error(*pair) > 1e-6]
             assert wrong == [name]
 
