@@ -282,15 +282,16 @@ def _(
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    x, y, *vectors, _, rms, _ = inputs
+    x, y, *vectors, _, ctx.rms, _ = inputs
     residual, modulated, means, inverses = output
-    ctx.mark_non_differentiable(means, inverses, *([residual] if y is None else []))
-    if vectors[2] is None:
-        ctx.mark_non_differentiable(modulated)
+    gate, scale = vectors[0], vectors[3]
+    unused = [residual] * (y is None) + [modulated] * (scale is None)
+    ctx.mark_non_differentiable(means, inverses, *unused)
     ctx.set_materialize_grads(False)
-    ctx.rms, ctx.y_dtype = rms, None if y is None else y.dtype
-    gated = vectors[0] is not None
-    ctx.save_for_backward(x if y is None else residual, y if gated else None, *vectors, means, inverses)
+    ctx.y_dtype = None if y is None else y.dtype
+    normed = x if y is None else residual
+    # Without a norm the residual stream is not needed again: y stands for its shape.
+    ctx.save_for_backward(y if scale is None else normed, None if gate is None else y, *vectors, means, inverses)
 
 
 def _gradients(ctx, residual_grad, modulated_grad, *_):

@@ -17,7 +17,6 @@ from osp_fast.kernels.adaln import (
     norm_modulate,
 )
 
-
 NORM_OPTIONS = [("norm", {"norm": "rms"}), ("norm", {"weighted": True}), ("gate norm", {"weighted": True})]
 
 
