@@ -65,6 +65,8 @@ def empty_row(op: str, build: KernelBuild) -> dict[str, Any]:
         "shared": None,
         "instructions": {},
         "loop_instructions": {},
+        "access_widths": {},
+        "narrow": build.narrow,
         "num_warps": build.num_warps,
         "num_stages": build.num_stages,
         "may_spill": build.may_spill,
@@ -79,6 +81,7 @@ def static_row(op: str, build: KernelBuild) -> dict[str, Any]:
     spills: instructions that load from or store to local memory; stack: bytes of it per thread
     shared: bytes of shared memory per block
     instructions: per class of `sass.CLASSES`; loop_instructions: those in innermost loops; loops: for each of them
+    access_widths: bytes that one thread moves -> accesses to global memory that do, see `sass.access_widths`
     warps: per block, with those that warp specialisation adds
     tensor_memory: columns of it that a block needs on sm_100; with too many Triton compiles a trap and nothing else
     missing: opcodes of `build.expects` that the binary does not have
@@ -101,6 +104,7 @@ def static_row(op: str, build: KernelBuild) -> dict[str, Any]:
         "instructions": counts,
         "loop_instructions": {name: sum(loop[name] for loop in loops) for name in counts},
         "loops": loops,
+        "access_widths": sass.access_widths(instructions),
         "stack": _resource(usage, "STACK"),
         "register_splits": sass.register_splits(instructions),
         "warps": compiled.metadata.num_warps,

@@ -1,4 +1,4 @@
-"""NVIDIA machine code as `cuobjdump -sass` prints it: instructions, their classes, and the innermost loops.
+"""NVIDIA machine code as `cuobjdump -sass` prints it: instructions, classes, widths, and the innermost loops.
 
 Loops are found in the control flow itself, not from addresses: the compiler moves the slow path of a barrier wait to
 the end of the function, from where it jumps back, so that an interval between a backward branch and its target may
@@ -37,6 +37,9 @@ CLASSES = {
     "SYNCS": ("SYNCS",),
 }
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA")
+ACCESSES = ("LDG", "STG", "LDGSTS")  # of global memory, by each thread for itself
+WIDE = 16  # bytes that such an access moves at best for a thread; sm_100 has some of 32
+WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # part of an opcode -> bytes, else 4
 WORK = (*MATRIX, "UTMALDG", "UTMASTG", "UTMAREDG", "LDG", "STG", "LDGSTS", "RED", "ATOMG", "FFMA", "MUFU.EX2", "LDTM")
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
@@ -78,6 +81,17 @@ def count_classes(instructions: Sequence[Instruction]) -> dict[str, int]:
     """Instructions per class of `CLASSES`, and `total`."""
     counts = {name: count_named(instructions, opcodes) for name, opcodes in CLASSES.items()}
     return counts | {"total": len(instructions)}
+
+
+def access_widths(instructions: Iterable[Instruction]) -> dict[str, int]:
+    """Bytes that a thread moves, widest first, "16" for LDG.E.128 -> how many of `ACCESSES` move as many."""
+    counts: dict[int, int] = {}
+    for instruction in instructions:
+        name, *parts = instruction.opcode.split(".")
+        if name in ACCESSES:
+            width = next((WIDTHS[part] for part in parts if part in WIDTHS), 4)
+            counts[width] = counts.get(width, 0) + 1
+    return {str(width): counts[width] for width in sorted(counts, reverse=True)}
 
 
 def innermost_loops(instructions: Sequence[Instruction]) -> list[list[Instruction]]:

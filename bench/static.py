@@ -16,11 +16,12 @@ from typing import IO, Any
 from osp_fast.kernels.spec import KernelBuild, OpSpec
 
 from bench.build import check_compilable, empty_row, static_row
-from bench.sass import MATRIX
+from bench.sass import MATRIX, WIDE
 from bench.table import format_table
 from osp_fast.errors import UserError
 
 WORKERS = 2
+LOADS = ("UTMALDG", "LDG", "LDGSTS")
 ERROR_LENGTH = 300
 # What a block may have (CUDA C++ Programming Guide, compute capabilities): bytes, and columns of sm_100's tensor memory
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
@@ -89,12 +90,19 @@ def row_faults(row: dict[str, Any]) -> list[str]:
         faults.append(f"{name} {row['shared']} bytes of shared memory, a block has {SHARED_MEMORY[row['arch']]}")
     if (row["tensor_memory"] or 0) > TENSOR_MEMORY_COLUMNS:
         faults.append(f"{name} {row['tensor_memory']} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}")
+    narrow = sum(count for width, count in row["access_widths"].items() if int(width) < WIDE)
+    if row["narrow"] is not None and narrow > row["narrow"]:
+        widths = _widths(row)
+        faults.append(f"{name} {narrow} accesses narrower than {WIDE} bytes ({widths}), {row['narrow']} allowed")
     return faults + [f"{name} no {missing} in the binary" for missing in row["missing"]]
 
 
 def static_table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per kernel. "8 (4+4)": eight in the binary, four in each of two innermost loops."""
-    headers = "op,kernel,arch,config,warps,stages,registers,spills,shared,matrix,TMA load,LDG,LDGSTS,EX2,BAR,all"
+    """One line per kernel. "8 (4+4)": eight in the binary, four in each of two innermost loops.
+
+    access: accesses to global memory by the bytes that each moves for a thread, "16:8 4:1".
+    """
+    headers = "op,kernel,arch,config,warps,stages,registers,spills,shared,matrix,TMA load,LDG,LDGSTS,access,EX2,BAR,all"
     return format_table(headers.split(","), [_table_line(row) for row in rows])
 
 
@@ -102,13 +110,18 @@ def _table_line(row: dict[str, Any]) -> list[object]:
     begin = [row[name] for name in ("op", "kernel", "arch", "config")]
     begin += [row.get("warps", row["num_warps"]), row["num_stages"]]
     if "error" in row:
-        return [*begin, "error", *[None] * 9]
+        return [*begin, "error", *[None] * 10]
     registers = str(row["registers"])
     if row["register_splits"]:
         registers += f" -> {'/'.join(map(str, row['register_splits']))}"
     matrix = [f"{name} {_with_loops(row, name)}" for name in MATRIX if row["instructions"][name]]
-    columns = [_with_loops(row, name) for name in ("UTMALDG", "LDG", "LDGSTS", "MUFU.EX2", "BAR", "total")]
-    return [*begin, registers, row["spills"], row["shared"], " ".join(matrix) or None, *columns]
+    loads, others = ([_with_loops(row, name) for name in names] for names in (LOADS, ("MUFU.EX2", "BAR", "total")))
+    figures = [registers, row["spills"], row["shared"], " ".join(matrix) or None]
+    return [*begin, *figures, *loads, _widths(row) or None, *others]
+
+
+def _widths(row: dict[str, Any]) -> str:
+    return " ".join(f"{width}:{count}" for width, count in row["access_widths"].items())
 
 
 def _with_loops(row: dict[str, Any], name: str) -> str:

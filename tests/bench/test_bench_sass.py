@@ -1,6 +1,6 @@
 """Instructions and loops of machine code, on listings written out here as cuobjdump prints them."""
 
-from bench.sass import count_classes, innermost_loops, parse_functions, register_splits
+from bench.sass import access_widths, count_classes, innermost_loops, parse_functions, register_splits
 
 
 def listing(*lines):
@@ -60,6 +60,26 @@ def test_classes_count_opcodes_and_not_their_prefixes():
     counts = {name: count for name, count in count_classes(function).items() if count}
     once = ("LDG", "LDGSTS", "HGMMA", "MUFU.EX2", "RED", "BAR", "STL", "LDL")
     assert counts == {**dict.fromkeys(once, 1), "total": 11}
+
+
+def test_widths_of_accesses_to_global_memory():
+    (function,) = parse_functions(
+        listing(
+            "LDG.E.128.CONSTANT R4, desc[UR4][R2.64]",
+            "LDGSTS.E.BYPASS.LTC128B.128 [R4], desc[UR4][R2.64]",
+            "STG.E.128 desc[UR4][R2.64], R4",
+            "LDG.E.ENL2.256 R4, R8, desc[UR4][R2.64]",
+            "LDG.E.64 R4, [R2]",
+            "@P0 LDG.E R4, [R2]",
+            "LDGSTS.E [R4], [R2]",
+            "LDG.E.U16 R4, [R2]",
+            "STG.E.U8 [R2], R4",
+            "LDS.128 R4, [R2]",
+            "LDGDEPBAR",
+            "STL.64 [R1], R2",
+        )
+    )
+    assert access_widths(function) == {"32": 1, "16": 3, "8": 1, "4": 2, "2": 1, "1": 1}
 
 
 def test_straight_code_and_the_trap_at_its_end_are_no_loops():

@@ -110,6 +110,22 @@ def test_more_memory_than_a_block_has_fails(faulty):
     assert fault.endswith("624 columns of tensor memory, there are 512")
 
 
+def test_narrow_accesses_fail_where_they_are_counted(bench, tmp_path):
+    file = tmp_path / "copies.json"
+    process = bench("static", "--op", "copies", "--arch", 90, 100, "--json", file)
+    assert process.returncode == 1, process.stdout + process.stderr
+    for arch in ("sm_90", "sm_100"):
+        wide, narrow, uncounted = rows_of(json.loads(file.read_text()), arch=arch)
+        assert wide["access_widths"] == {"16": 2}  # 8 rows of 256 bytes by 128 threads, there and back
+        assert narrow["access_widths"] == uncounted["access_widths"] == {"2": 16}
+        fault = f"FAULT copies rows_kernel {arch} narrow: 16 accesses narrower than 16 bytes (2:16), 15 allowed"
+        assert fault in process.stdout.splitlines()
+    assert process.stdout.splitlines()[-1] == "6 kernels compiled ahead of time, 2 faults"
+    lines = [line.split() for line in process.stdout.splitlines()]
+    (line,) = [line for line in lines if line[:4] == ["copies", "rows_kernel", "sm_90", "wide"]]
+    assert "16:2" in line
+
+
 def test_the_interpreter_cannot_compile(bench):
     process = bench("static", "--op", "toy", TRITON_INTERPRET="1")
     assert process.returncode == 2

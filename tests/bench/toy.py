@@ -56,6 +56,14 @@ def copy_kernel(source, target, rows, BLOCK: gl.constexpr):
 
 
 @triton.jit
+def rows_kernel(source, target, rows, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """A copy whose mask is of whole rows, so that every access is as wide as its row's alignment allows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(target + place, tl.load(source + place, (row < rows)[:, None]), (row < rows)[:, None])
+
+
+@triton.jit
 def broken_kernel(a):
     tl.store(a, tl.load(a + tl.arange(0, 3)))  # three is no power of two
 
@@ -99,6 +107,16 @@ def faulty_builds(arch):
     return [capped, broken, short, gluon_build(80), large]
 
 
+def copy_builds(arch):
+    """The same copy from pointers that are known to be aligned, and from pointers that are not."""
+    signature = {"source": "*bf16", "target": "*bf16", "rows": "i32"}
+    wide = KernelBuild(
+        rows_kernel, arch, "wide", signature, {"ROWS": 8, "WIDTH": 128}, ("source", "target"), 4, 1, narrow=0
+    )
+    narrow = dataclasses.replace(wide, config="narrow", aligned=(), narrow=15)
+    return [wide, narrow, dataclasses.replace(narrow, config="not counted", narrow=None)]
+
+
 def make_inputs(device, dtype, seed, rows, columns, inner):
     generator = torch.Generator(device).manual_seed(seed % 2**63)
     left = torch.randn(rows, inner, generator=generator, device=device).to(dtype)
@@ -130,6 +148,7 @@ SPEC = OpSpec(
     builds=sound_builds,
 )
 FAULTY = dataclasses.replace(SPEC, name="faulty", builds=faulty_builds)
+COPIES = dataclasses.replace(SPEC, name="copies", builds=copy_builds)
 
 
 def model_attention_builds(arch):
@@ -144,4 +163,4 @@ MODEL_ATTENTION = dataclasses.replace(attention.SPEC, name="model_attention", bu
 
 
 def load():
-    return {"toy": SPEC, "faulty": FAULTY, "model_attention": MODEL_ATTENTION}
+    return {"toy": SPEC, "faulty": FAULTY, "copies": COPIES, "model_attention": MODEL_ATTENTION}
