@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 from osp_fast.kernels.spec import DIRECTIONS, OpSpec, Shape
 
+from bench.results import bound_by, rate
 from bench.table import format_table, milliseconds
 
 
 def run_list(pairs: Sequence[tuple[OpSpec, Shape]]) -> int:
-    """Print a line per operation, shape and direction. The predicted times are predictions for one H100 SXM."""
-    headers = ["op", "shape", "direction", "TFLOP", "GB", "FLOP/byte", "predicted", "TFLOP/s at that", "sizes"]
+    """Print a line per operation, shape and direction. What binds and the predicted times are for one H100 SXM."""
+    headers = ["op", "shape", "direction", "TFLOP", "GB", "FLOP/byte", "bound by", "predicted", "rate at that", "sizes"]
     rows = []
     for spec, shape in pairs:
         sizes = " ".join(f"{name}={value}" for name, value in shape.sizes.items())
@@ -17,7 +18,8 @@ def run_list(pairs: Sequence[tuple[OpSpec, Shape]]) -> int:
             flops, moved, seconds = (
                 cost(direction, **shape.sizes) for cost in (spec.flops, spec.bytes, spec.predicted)
             )
-            figures = [f"{flops / 1e12:.3f}", f"{moved / 1e9:.3f}", f"{flops / moved:.0f}", milliseconds(seconds)]
-            rows.append([spec.name, shape.name, direction, *figures, f"{flops / seconds / 1e12:.0f}", sizes])
+            figures = [f"{flops / 1e12:.3f}", f"{moved / 1e9:.3f}", f"{flops / moved:.0f}", bound_by(flops, moved)]
+            figures += [milliseconds(seconds), rate(flops, moved, seconds)]
+            rows.append([spec.name, shape.name, direction, *figures, sizes])
     print(format_table(headers, rows))
     return 0

@@ -6,14 +6,14 @@ from typing import Any
 
 from osp_fast.kernels.spec import DIRECTIONS, OpSpec, Shape
 
-from bench.results import AS_WRITTEN, GATHERED, RESULTS, best_and_ratio, find_row, latest_runs
+from bench.results import BASELINE_HEADERS, RESULTS, best_and_ratio, bound_by, find_row, latest_runs
 from bench.run import describe_ceilings
 from bench.table import markdown_table, milliseconds, percent
 from osp_fast.errors import UserError
 
 NOT_MEASURED = "not yet measured on a GPU"
-HEADERS = ["op", "shape", "direction", "device", "time", "TFLOP/s", "of matmul", "of copy", "predicted"]
-BASELINE_HEADERS = ["best with gather and scatter", "x", "best already gathered", "x"]
+HEADERS = ["op", "shape", "direction", "bound by", "device", "time", "TFLOP/s", "of matmul", "GB/s", "of copy"]
+HEADERS += ["predicted", *(header for layout in BASELINE_HEADERS.values() for header in (layout, "x"))]
 
 
 def run_report(pairs: Sequence[tuple[OpSpec, Shape]], results: Path | None, output: Path | None) -> int:
@@ -39,9 +39,12 @@ def report_text(pairs: Sequence[tuple[OpSpec, Shape]], runs: Mapping[tuple[str, 
         measured = [run for (op, _), run in runs.items() if op == spec.name]
         for direction in DIRECTIONS:
             lines = [line for run in measured if (line := _measured_line(run, shape.name, direction))]
-            predicted = milliseconds(spec.predicted(direction, **shape.sizes))
-            for line in lines or [[None, NOT_MEASURED, None, None, None, None, None, None, None]]:
-                rows.append([spec.name, shape.name, direction, *line[:5], predicted, *line[5:]])
+            flops, moved, seconds = (
+                cost(direction, **shape.sizes) for cost in (spec.flops, spec.bytes, spec.predicted)
+            )
+            for line in lines or [[None, NOT_MEASURED, *[None] * 8]]:
+                names = [spec.name, shape.name, direction, bound_by(flops, moved)]
+                rows.append([*names, *line[:6], milliseconds(seconds), *line[6:]])
     notes = [
         f"{op} on {device}: {describe_ceilings(run['ceilings'])}; "
         + ", ".join(f"{name} {run['environment'][name]}" for name in ("torch", "triton", "cuda", "cudnn"))
@@ -50,7 +53,7 @@ def report_text(pairs: Sequence[tuple[OpSpec, Shape]], runs: Mapping[tuple[str, 
         if op in {spec.name for spec, _ in pairs}
     ]
     legend = "x: the baseline's time over ours. predicted: written down for one H100 SXM before measuring."
-    return "\n\n".join([markdown_table([*HEADERS, *BASELINE_HEADERS], rows), *notes, legend])
+    return "\n\n".join([markdown_table(HEADERS, rows), *notes, legend])
 
 
 def _measured_line(run: dict[str, Any], shape: str, direction: str) -> list[str | None] | None:
@@ -58,8 +61,8 @@ def _measured_line(run: dict[str, Any], shape: str, direction: str) -> list[str 
     if row is None:
         return None
     line = [run["environment"]["device"], milliseconds(row["seconds"]), f"{row['tflops']:.0f}"]
-    line += [percent(row["matmul_fraction"]), percent(row["copy_fraction"])]
-    for layout in (AS_WRITTEN, GATHERED):
+    line += [percent(row["matmul_fraction"]), f"{row['gb_per_second']:.0f}", percent(row["copy_fraction"])]
+    for layout in BASELINE_HEADERS:
         name, ratio = best_and_ratio(run["rows"], shape, direction, layout)
         line += [name, None if ratio is None else f"{ratio:.2f}"]
     return line

@@ -11,9 +11,25 @@ from osp_fast.errors import UserError
 RESULTS = Path(__file__).parent / "results"
 OURS = "osp_fast"
 AS_WRITTEN, GATHERED = "as written", "gathered"  # the layout of a baseline's inputs
+BASELINE_HEADERS = {AS_WRITTEN: "best baseline as written", GATHERED: "best already gathered"}
 STATIC_KEYS = {"op", "kernel", "arch", "config", "registers", "spills", "shared"}
 RUN_KEYS = {"op", "date", "environment", "ceilings"}
+# What one H100 SXM was measured to reach, for predictions: `bench run` measures its own device.
+H100 = {"copy_bytes_per_second": 3.0e12, "matmul_flops_per_second": 798e12}
 VARIANT = "variant"  # in its place for our own kernels that do not serve: no baseline
+
+
+def bound_by(flops: float, moved: float, limits: dict[str, float] = H100) -> str:
+    """memory or products: which of the two ceilings takes longer for so many operations and bytes."""
+    products = flops / limits["matmul_flops_per_second"]
+    return "memory" if moved / limits["copy_bytes_per_second"] > products else "products"
+
+
+def rate(flops: float, moved: float, seconds: float, limits: dict[str, float] = H100) -> str:
+    """The rate that counts for such a call: "2760 GB/s" if memory binds, "420 TFLOP/s" if products do."""
+    if bound_by(flops, moved, limits) == "memory":
+        return f"{moved / seconds / 1e9:.0f} GB/s"
+    return f"{flops / seconds / 1e12:.0f} TFLOP/s"
 
 
 def result_path(folder: Path, device: str, stem: str) -> Path:

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from osp_fast.kernels.spec import DIRECTIONS, OpSpec, Result, Shape
-from torch import Tensor
 
 from bench.accuracy import gradient_leaves, largest_error, named
-from bench.baselines import Baseline, Unavailable, baselines_of
+from bench.baselines import Baseline, Unavailable, baselines_of, function_baseline
 from bench.measure import (
     Timer,
     ceilings,
@@ -25,17 +24,20 @@ from bench.measure import (
 )
 from bench.results import (
     AS_WRITTEN,
-    GATHERED,
+    BASELINE_HEADERS,
     OURS,
     VARIANT,
     best_and_ratio,
+    bound_by,
     find_row,
+    rate,
     result_path,
     write_result,
 )
 from bench.table import format_table, milliseconds, percent
 from osp_fast.seeding import stable_seed
 
+NOT_PREDICTED = {"predicted": None, "predicted_rate": None}
 DTYPE = torch.bfloat16  # specs count bytes for it
 BASELINE_TOLERANCE = 0.05  # of a baseline's result against ours; bench verify is the check of ours
 REASON_LENGTH = 200
@@ -95,9 +97,10 @@ def measure_shape(
     sets = make_input_sets(spec, shape, device)
     directions = DIRECTIONS if gradient_leaves(sets[0]) else ("forward",)
     expected = None
-    variants = (ours(function, f"{OURS} {name}", VARIANT) for name, function in spec.variants.items())
+    ours = function_baseline(OURS, spec.operation)
+    variants = (function_baseline(f"{OURS} {name}", function, VARIANT) for name, function in spec.variants.items())
     # Variants are unproven: last, so that one that breaks the device takes no baseline with it.
-    for implementation in (ours(spec.operation), *baselines_of(spec.name), *variants):
+    for implementation in (ours, *baselines_of(spec.name), *variants):
         reason = None
         for direction in directions:
             seconds = spread = None
@@ -114,7 +117,7 @@ def measure_shape(
             row = {"shape": shape.name, "direction": direction, "implementation": implementation.name}
             row |= {"layout": implementation.layout, "seconds": seconds, "spread": spread}
             row |= _rates(spec, shape, direction, seconds, limits)
-            row["predicted"] = spec.predicted(direction, **shape.sizes) if implementation.name == OURS else None
+            row |= _predicted(spec, shape, direction, limits) if implementation is ours else NOT_PREDICTED
             yield row if seconds is not None else row | {"unavailable": reason}
     sets.clear()
     gc.collect()
@@ -125,15 +128,6 @@ def measure_shape(
 def reason_of(error: Exception) -> str:
     """One line that says what an exception says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:REASON_LENGTH]
-
-
-def ours(function: Callable[..., Result], name: str = OURS, layout: str = AS_WRITTEN) -> Baseline:
-    """The operation itself, or a variant of it, in the form of a baseline."""
-
-    def bind(inputs: dict[str, Any]) -> tuple[Callable[[], Result], list[Tensor]]:
-        return lambda: function(**inputs), list(gradient_leaves(inputs).values())
-
-    return Baseline(name, layout, bind, lambda out, inputs: out)
 
 
 def make_input_sets(spec: OpSpec, shape: Shape, device: torch.device) -> list[dict[str, Any]]:
@@ -157,26 +151,32 @@ def describe_ceilings(limits: dict[str, float]) -> str:
 
 def result_table(result: dict[str, Any]) -> str:
     """Every row of a result, one line each; what is not available says why."""
-    headers = ["shape", "direction", "implementation", "time", "spread", "TFLOP/s", "of matmul", "GB/s", "of copy"]
+    headers = ["shape", "direction", "implementation", "time", "spread", "bound by"]
+    headers += ["TFLOP/s", "of matmul", "GB/s", "of copy", "predicted", "rate at that", ""]
     lines = []
     for row in result["rows"]:
-        figures = [percent(row["spread"]), _rounded(row["tflops"]), percent(row["matmul_fraction"])]
-        figures += [_rounded(row["gb_per_second"]), percent(row["copy_fraction"]), milliseconds(row["predicted"])]
+        figures = [percent(row["spread"]), row["bound_by"], _rounded(row["tflops"]), percent(row["matmul_fraction"])]
+        figures += [_rounded(row["gb_per_second"]), percent(row["copy_fraction"])]
+        figures += [milliseconds(row["predicted"]), row["predicted_rate"]]
         note = f"not available: {row['unavailable']}" if row["seconds"] is None else ""
         names = [row["shape"], row["direction"], row["implementation"]]
         lines.append([*names, milliseconds(row["seconds"]), *figures, note])
-    return format_table([*headers, "predicted", ""], lines)
+    return format_table(headers, lines)
 
 
 def ratio_table(result: dict[str, Any]) -> str:
     """Ours against the best baseline of each layout: the baseline's time over ours."""
     rows = result["rows"]
-    headers = ["shape", "direction", "ours", "best with gather and scatter", "ratio", "best already gathered", "ratio"]
+    layouts = [
+        layout for layout in BASELINE_HEADERS if layout == AS_WRITTEN or layout in {row["layout"] for row in rows}
+    ]
+    headers = ["shape", "direction", "ours"]
+    headers += [header for layout in layouts for header in (BASELINE_HEADERS[layout], "ratio")]
     lines = []
     for shape, direction in dict.fromkeys((row["shape"], row["direction"]) for row in rows):
         mine = find_row(rows, shape, direction)
         line = [shape, direction, milliseconds(mine["seconds"] if mine else None)]
-        for layout in (AS_WRITTEN, GATHERED):
+        for layout in layouts:
             name, ratio = best_and_ratio(rows, shape, direction, layout)
             line += [name, None if ratio is None else f"{ratio:.2f}"]
         lines.append(line)
@@ -202,17 +202,22 @@ def _checked_result(
 
 def _rates(
     spec: OpSpec, shape: Shape, direction: str, seconds: float | None, limits: dict[str, float]
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
+    flops, moved = spec.flops(direction, **shape.sizes), spec.bytes(direction, **shape.sizes)
+    row = {"bound_by": bound_by(flops, moved, limits)}
     if seconds is None:
-        return dict.fromkeys(("tflops", "matmul_fraction", "gb_per_second", "copy_fraction"))
-    flops = spec.flops(direction, **shape.sizes) / seconds
-    moved = spec.bytes(direction, **shape.sizes) / seconds
-    return {
-        "tflops": flops / 1e12,
-        "matmul_fraction": flops / limits["matmul_flops_per_second"],
-        "gb_per_second": moved / 1e9,
-        "copy_fraction": moved / limits["copy_bytes_per_second"],
+        return row | dict.fromkeys(("tflops", "matmul_fraction", "gb_per_second", "copy_fraction"))
+    return row | {
+        "tflops": flops / seconds / 1e12,
+        "matmul_fraction": flops / seconds / limits["matmul_flops_per_second"],
+        "gb_per_second": moved / seconds / 1e9,
+        "copy_fraction": moved / seconds / limits["copy_bytes_per_second"],
     }
+
+
+def _predicted(spec: OpSpec, shape: Shape, direction: str, limits: dict[str, float]) -> dict[str, Any]:
+    flops, moved, seconds = (cost(direction, **shape.sizes) for cost in (spec.flops, spec.bytes, spec.predicted))
+    return {"predicted": seconds, "predicted_rate": rate(flops, moved, seconds, limits)}
 
 
 def _rounded(value: float | None) -> str | None:

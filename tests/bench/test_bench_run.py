@@ -81,7 +81,8 @@ def test_figures_follow_from_the_time(result, toy):
     assert row["seconds"] == 1e-3 and row["tflops"] == flops / 1e-3 / 1e12
     assert row["matmul_fraction"] == flops / 1e-3 / 8e14
     assert row["gb_per_second"] == moved / 1e-3 / 1e9 and row["copy_fraction"] == moved / 1e-3 / 3e12
-    assert row["predicted"] == flops / 5e11
+    assert row["predicted"] == flops / 5e11 and row["bound_by"] == "memory"
+    assert row["predicted_rate"] == f"{moved / (flops / 5e11) / 1e9:.0f} GB/s"
 
 
 def test_baselines_that_fail_or_differ_say_why(result):
