@@ -8,7 +8,10 @@ from osp_fast.kernels.spec import OpSpec, Shape
 
 from osp_fast.errors import UserError
 
-MODULES = ("osp_fast.kernels.skiparse_attention_spec",)
+MODULES = (
+    "osp_fast.kernels.skiparse_attention_spec",
+    "osp_fast.kernels.adaln_spec",
+)
 
 
 def load_specs(modules: Iterable[str] = MODULES) -> dict[str, OpSpec]:
