@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from osp_fast.kernels.rope3d import rope3d_ref
+from osp_fast.kernels.rope3d import Rope3D, rope3d
 from osp_fast.models.attention_backends import BY_DEVICE, AttentionBackend
 
 MODE_WORDS = {"full": "full", "single": "single skip", "group": "group skip"}
@@ -45,10 +45,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], tokens: VisibleKeys) -> Tensor:
-        """x (B, N, width), rope = (cos, sin) tables -> (B, N, width)."""
-        q_bnhd, k_bnhd, v_bnhd = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q_bnhd, k_bnhd = rope3d_ref(q_bnhd, *rope), rope3d_ref(k_bnhd, *rope)
+    def forward(self, x: Tensor, rope: Rope3D, tokens: VisibleKeys) -> Tensor:
+        """x (B, N, width) -> (B, N, width)."""
+        qkv_bn3hd = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q_bnhd, k_bnhd, v_bnhd = rope3d(qkv_bn3hd, rope, inplace=True)
         out_bnhd = self.backend.function(q_bnhd, k_bnhd, v_bnhd, self.mode, self.sparse_n, *tokens)
         return self.out(out_bnhd.flatten(2))
 

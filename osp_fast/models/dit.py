@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from osp_fast.kernels.adaln import gate_residual, gate_residual_norm_modulate, norm_modulate
-from osp_fast.kernels.rope3d import rope3d_table
+from osp_fast.kernels.rope3d import Rope3D, make_rope3d
 from osp_fast.models.attention import CrossAttention, SelfAttention, VisibleKeys, describe_attention
 from osp_fast.models.attention_backends import select_attention
 from osp_fast.models.weights import PretrainedModel
@@ -141,7 +141,7 @@ class Block(nn.Module):
         x: Tensor,
         pending: Pending | None,
         time: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope3D,
         tokens: VisibleKeys,
         text: Tensor,
         text_tokens: VisibleKeys,
@@ -287,7 +287,7 @@ class DiT(PretrainedModel):
             self.config.interpolation_scale_h,
             self.config.interpolation_scale_w,
         )
-        rope = rope3d_table(size, self.config.attention_head_dim, scales, latents.device, self.rope_dtype)
+        rope = make_rope3d(size, self.config.attention_head_dim, scales, latents.device, self.rope_dtype)
         token_mask = None
         if latent_mask is not None:
             token_mask = F.max_pool3d(latent_mask[:, None].float(), patch).flatten(1).bool()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from osp_fast.kernels.rope3d import make_rope3d
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -295,10 +296,9 @@ def test_blocks_compile_as_one_graph(name):
     if name is not None:
         dit.use_attention(name)
     block = torch.compile(dit.transformer_blocks[3], backend="eager", fullgraph=True)
-    rope = (torch.ones(6, 3, 4), torch.zeros(6, 3, 4))
-    arguments = (torch.randn(1, 6, 48), torch.randn(1, 6, 48), rope)
+    arguments = (torch.randn(1, 6, 48), None, torch.randn(1, 6, 48), make_rope3d((1, 2, 3), 24), VisibleKeys())
     text = (torch.randn(1, 3, 48), VisibleKeys.from_mask(torch.tensor([[1, 1, 0]])))
-    found, expected = (run(*arguments, VisibleKeys(), *text) for run in (block, dit.transformer_blocks[3]))
+    found, expected = (run(*arguments, *text, finish=True)[0] for run in (block, dit.transformer_blocks[3]))
     assert torch.allclose(found, expected, atol=1e-6)
 
 
