@@ -1,4 +1,4 @@
-"""channel_norm, haar, causal_conv3d: references against their formulas, and chunk by chunk."""
+"""channel_norm, causal_conv3d: references against their formulas, and chunk by chunk."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from osp_fast.kernels import launch
 from osp_fast.kernels.causal_conv3d import causal_conv3d_ref
 from osp_fast.kernels.channel_norm import channel_norm_ref
-from osp_fast.kernels.haar import haar2d_ref, haar3d_ref, inverse_haar2d_ref, inverse_haar3d_ref
 from osp_fast.kernels.launch import selected_path
 
 
@@ -22,41 +21,6 @@ def test_channel_norm(shape):
     expected = normed(x, 1, 1e-6) * weight.view(view) + bias.view(view)
     assert torch.allclose(channel_norm_ref(x, weight, bias, 1e-6), expected)
     assert torch.allclose(channel_norm_ref(x, weight, bias, 1e-6, silu=True), F.silu(expected))
-
-
-def test_haar3d_bands_by_hand():
-    video = torch.randn(1, 1, 3, 2, 2).double()
-    box = video[0, 0, 1:3]  # the second output frame sees frames 1 and 2
-    out = haar3d_ref(video)[0, :, 1, 0, 0]
-    signs = {"L": (1, 1), "H": (1, -1)}
-    for band, letters in enumerate(("LLL", "LLH", "LHL", "LHH", "HLL", "HLH", "HHL", "HHH")):
-        kernel = torch.einsum("t,h,w->thw", *(torch.tensor(signs[letter]).double() for letter in letters))
-        assert torch.allclose(out[band], 0.3536 * (box * kernel).sum())
-    first = haar3d_ref(video)[0, :, 0, 0, 0]
-    assert torch.allclose(first[0], 0.3536 * 2 * video[0, 0, 0].sum()) and torch.all(first[4:] == 0)
-
-
-def test_haar2d_bands_by_hand():
-    frame = torch.randn(1, 1, 1, 2, 2)
-    (a, b), (c, d) = frame[0, 0, 0]
-    expected = torch.stack((a + b + c + d, a + b - c - d, a - b + c - d, a - b - c + d)) / 2
-    assert torch.allclose(haar2d_ref(frame)[0, :, 0, 0, 0], expected)
-
-
-def test_haar_synthesis_inverts_analysis():
-    video = torch.randn(2, 3, 9, 8, 6).double()
-    assert torch.allclose(inverse_haar2d_ref(haar2d_ref(video)), video)
-    scale = 8 * 0.3536**2  # the literal is not quite 1 / sqrt 8
-    assert torch.allclose(inverse_haar3d_ref(haar3d_ref(video)), video * scale)
-
-
-def test_haar_chunks_equal_the_whole():
-    video = torch.randn(1, 3, 13, 4, 4)
-    bands = haar3d_ref(video)
-    parts = [haar3d_ref(video[:, :, :5]), haar3d_ref(video[:, :, 5:9], False), haar3d_ref(video[:, :, 9:], False)]
-    assert torch.equal(torch.cat(parts, 2), bands)
-    parts = [inverse_haar3d_ref(bands[:, :, :3]), inverse_haar3d_ref(bands[:, :, 3:], False)]
-    assert torch.equal(torch.cat(parts, 2), inverse_haar3d_ref(bands))
 
 
 @pytest.mark.parametrize("kernel, stride", [((3, 3, 3), 1), ((1, 3, 3), 1), ((1, 1, 1), 1), ((3, 3, 3), 2)])
