@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osp_fast.kernels.haar import inverse_haar2d_ref, inverse_haar3d_ref
+from osp_fast.kernels.haar import inverse_haar2d, inverse_haar3d
 from osp_fast.models.wfvae_layers import (
     CausalConv3d,
     ChannelNorm,
@@ -143,17 +143,12 @@ class Decoder(nn.Module):
         first = state is None or state.first
         x = run(self.mid, self.conv_in(latents, state), state)
         x, flow = x[:, : -self.flow], x[:, -self.flow :]
-        low_l2 = inverse_haar3d_ref(run(self.connect_l2, flow, state), first)
+        low_l2 = inverse_haar3d(run(self.connect_l2, flow, state), first)
         if self.delay is not None:
             low_l2 = self.delay(low_l2, state)
         x = run(self.up2, x, state)
         x, flow = x[:, : -self.flow], x[:, -self.flow :]
-        low_l1 = inverse_haar2d_ref(_add_low(run(self.connect_l1, flow, state), low_l2))
+        low_l1 = inverse_haar2d(run(self.connect_l1, flow, state), low=low_l2)
         x = run(self.layer, run(self.up1, x, state), state)
         bands = self.conv_out(self.norm_out(x, silu=True))
-        return inverse_haar3d_ref(_add_low(bands, low_l1), first)
-
-
-def _add_low(bands: Tensor, low: Tensor) -> Tensor:
-    """Add `low` to the low-pass band, the first COLOURS channels."""
-    return torch.cat((bands[:, :COLOURS] + low, bands[:, COLOURS:]), dim=1)
+        return inverse_haar3d(bands, first, low=low_l1)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osp_fast.kernels.haar import haar2d_ref, haar3d_ref
+from osp_fast.kernels.haar import haar2d, haar3d
 from osp_fast.models.wfvae_layers import (
     CausalConv3d,
     ChannelNorm,
@@ -73,9 +73,9 @@ class Encoder(nn.Module):
     def forward(self, video: Tensor, state: ChunkState | None) -> Tensor:
         """(B, 3, T, H, W) -> mean and log-variance, (B, 2 * latent_dim, T', H/8, W/8)."""
         first = state is None or state.first
-        bands = haar3d_ref(video, first)
-        bands_l1 = haar2d_ref(bands[:, :COLOURS])
-        bands_l2 = haar3d_ref(bands_l1[:, :COLOURS], first)
+        bands, low = haar3d(video, first, with_low=True)
+        bands_l1, low = haar2d(low, with_low=True)
+        bands_l2 = haar3d(low, first)
         x = run(self.down1, bands, state)
         x = torch.cat((x, self.connect_l1(bands_l1)), dim=1)
         x = run(self.down2, x, state)
