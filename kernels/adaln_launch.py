@@ -8,7 +8,7 @@ from osp_fast.kernels.launch import architecture, multiprocessors
 from osp_fast.kernels.tuning import RowConfig
 from torch import Tensor
 
-SUM_ROWS, SUM_COLUMNS = 32, 32  # of a block of the small sum: 16 bytes a thread
+SUM_ROWS, SUM_COLUMNS = 64, 32  # of a block of the small sum: 16 bytes a thread
 
 
 def candidates(kernel: str, arch: int, *, adds: bool, modulates: bool) -> list[RowConfig]:

@@ -32,7 +32,7 @@ FORMS = {
 }
 # Rows that must move, each once: (forward, backward)
 ROW_PASSES = {"norm": (2, 3), "gate": (3, 3), "gate norm": (4, 6), "add norm": (4, 4)}
-CLIPS = {"93x352x640": 21120, "93x480p": 28800, "93x640x640": 38400, "93x720x1280": 86400, "29x352x640": 7040}
+CLIPS = {"93x352x640": 21120, "93x480x640": 28800, "93x640x640": 38400, "93x720x1280": 86400, "29x352x640": 7040}
 
 
 def _sizes(batch: int, tokens: int, form: str, **other: Any) -> dict[str, Any]:
