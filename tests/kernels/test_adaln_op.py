@@ -74,7 +74,9 @@ def test_compiles_without_breaks_and_once_for_all_lengths(monkeypatch):
 
 
 def test_compiles_with_aot_autograd_to_the_reference(monkeypatch):
-    inputs = [torch.randn(shape, requires_grad=True) for shape in ((2, 7, 16), (2, 7, 16), (2, 6, 16), (6, 16))]
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 7, 16), (2, 7, 16), (2, 6, 16), (6, 16))
+    inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
     monkeypatch.setenv("OSP_FAST_KERNELS", "reference")
     expected = block(*inputs)
     expected = [expected, *torch.autograd.grad(expected.square().sum(), inputs)]
@@ -83,7 +85,7 @@ def test_compiles_with_aot_autograd_to_the_reference(monkeypatch):
     found = torch.compile(block, backend="aot_eager", fullgraph=True)(*inputs)
     found = [found, *torch.autograd.grad(found.square().sum(), inputs)]
     for a, b in zip(found, expected, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+        assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 def test_a_new_length_compiles_no_kernel(tmp_path):

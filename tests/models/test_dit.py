@@ -60,6 +60,16 @@ def test_golden_gradients(dit, io, checkpointing, attention):
         assert relative(gradients[name.removeprefix("grad.")], io[name]) < 1e-5, name
 
 
+def test_under_autocast_the_residual_stream_has_16_bits(dit, io):
+    seen = []
+    for block in dit.transformer_blocks:
+        block.register_forward_hook(lambda block, arguments, outputs: seen.append(outputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = run(dit, io, io["latents"])
+    assert {x.dtype for x, pending in seen} == {pending.y.dtype for x, pending in seen} == {torch.bfloat16}
+    assert relative(output, io["output"]) < 1e-2
+
+
 def test_without_latent_mask_equals_all_real(dit, io):
     with torch.no_grad():
         masked = run(dit, io, io["latents"])
