@@ -1,10 +1,11 @@
-"""The diffusion transformer through the Triton attention, in the interpreter, against the recorded numbers."""
+"""The diffusion transformer through all Triton kernels, in the interpreter, against the recorded numbers."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from osp_fast.models.dit import DiT, DiTConfig
 
@@ -18,14 +19,35 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+class Ours(TorchDispatchMode):
+    """The names of our operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "osp_fast":
+            self.names.add(function.name().removeprefix("osp_fast::"))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.fixture(autouse=True)
+def triton_path(monkeypatch):
+    monkeypatch.setenv("OSP_FAST_KERNELS", "triton")
+
+
 def test_golden_output_and_gradients():
     dit = DiT.from_pretrained(GOLDEN).use_attention("triton")
     assert dit.attention_summary().startswith("triton (") and ";" not in dit.attention_summary()
     io = load_file(GOLDEN / "io.safetensors")
     latents = io["latents"].requires_grad_()
-    output = dit(latents, io["timestep"], io["text"], io["text_mask"], io["latent_mask"])
+    with Ours() as ours:
+        output = dit(latents, io["timestep"], io["text"], io["text_mask"], io["latent_mask"])
+        (output * io["grad_output"]).sum().backward()
+    forward = {name.removesuffix("_backward").removesuffix("_") for name in ours.names}
+    assert forward == {"adaln", "rope3d", "skiparse_attention"} and len(ours.names) == 6
     assert relative(output, io["output"]) < 2e-6
-    (output * io["grad_output"]).sum().backward()
     assert relative(latents.grad, io["grad_latents"]) < 1e-5
     gradients = dit.to_checkpoint({name: parameter.grad for name, parameter in dit.named_parameters()})
     listed = [name for name in io if name.startswith("grad.")]
@@ -57,8 +79,9 @@ def gradients(dit: DiT, attention: str, checkpointing: bool) -> list[torch.Tenso
     return list(torch.autograd.grad(output.square().mean(), list(dit.parameters())))
 
 
-def test_gradient_checkpointing_changes_nothing(small):
+def test_gradient_checkpointing_changes_nothing(small, monkeypatch):
     plain, recomputed = (gradients(small, "triton", checkpointing) for checkpointing in (False, True))
     assert all(torch.equal(*pair) for pair in zip(plain, recomputed, strict=True))
+    monkeypatch.setenv("OSP_FAST_KERNELS", "reference")
     for found, expected in zip(plain, gradients(small, "reference", False), strict=True):
         assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-9
