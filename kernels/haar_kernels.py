@@ -66,9 +66,7 @@ def _load24(start, inside):
 @triton.jit
 def _store24(start, v0, v1, v2, inside):
     """The inverse of `_load24`."""
-    x = tl.join(
-        tl.join(v0, v2), tl.join(v1, v2)
-    )  # (R, W, 2, 2, 2, high, low): vector 2 high + low, the fourth of no use
+    x = tl.join(tl.join(v0, v2), tl.join(v1, v2))  # (R, W, 2, 2, 2, high, low): vector 2 high + low; 3 is of no use
     x = tl.reshape(tl.permute(x, (0, 1, 5, 6, 2, 3, 4)), (v0.shape[0], v0.shape[1], 32))
     channel = tl.arange(0, 32)[None, None, :]
     tl.store(start + channel, x, inside & (channel < 24))
@@ -93,7 +91,7 @@ def _place(colours, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PACKED: tl
     """(colour, rows (R, 1), first column) of this program."""
     place, colour = tl.program_id(0), 0
     if not PACKED:
-        colour = place % colours
+        colour = (place % colours).to(tl.int64)
         place = place // colours
     across = tl.cdiv(width, COLUMNS)
     return colour, (place // across) * ROWS + tl.arange(0, ROWS)[:, None], (place % across) * COLUMNS
@@ -159,18 +157,10 @@ def _bands(first, second, third, fourth, scale, offset, COLOUR: tl.constexpr, MO
         y0, y1, y2, y3 = _sums(third[2 * COLOUR], third[2 * COLOUR + 1], fourth[2 * COLOUR], fourth[2 * COLOUR + 1])
         b0, b1, b2, b3 = x0 + y0, x1 + y1, x2 + y2, x3 + y3
         b4, b5, b6, b7 = x0 - y0, x1 - y1, x2 - y2, x3 - y3
-    b0, b1, b2, b3 = b0 * scale + offset, b1 * scale, b2 * scale, b3 * scale
-    b4, b5, b6, b7 = b4 * scale, b5 * scale, b6 * scale, b7 * scale
-    return (
-        b0.to(DTYPE),
-        b1.to(DTYPE),
-        b2.to(DTYPE),
-        b3.to(DTYPE),
-        b4.to(DTYPE),
-        b5.to(DTYPE),
-        b6.to(DTYPE),
-        b7.to(DTYPE),
-    )
+    b0 = (b0 * scale + offset).to(DTYPE)
+    b1, b2, b3 = (b1 * scale).to(DTYPE), (b2 * scale).to(DTYPE), (b3 * scale).to(DTYPE)
+    b4, b5, b6, b7 = (b4 * scale).to(DTYPE), (b5 * scale).to(DTYPE), (b6 * scale).to(DTYPE), (b7 * scale).to(DTYPE)
+    return b0, b1, b2, b3, b4, b5, b6, b7
 
 
 @triton.jit
@@ -244,7 +234,7 @@ def haar_analysis_kernel(
         v2 = _join8(b5, c5, a6, b6, c6, a7, b7, c7)
         _store24(start, v0, v1, v2, within)
     else:
-        out = bands + batch * band_batch + colour * band_channel + t * band_frame + rows * band_row
+        out = bands + batch * band_batch + colour * band_channel + t * band_frame + rows.to(tl.int64) * band_row
         out += columns.to(tl.int64) * band_column
         step = colours.to(tl.int64) * band_channel
         for i in tl.static_range(4 if MODE == FRAMES else 8):

@@ -10,6 +10,7 @@ from torch import Tensor
 MODES = {"frames": 0, "pairs": 1, "repeat": 2, "zero": 3}
 PLANAR, INTERLEAVED, STRIDED = range(3)
 COLUMNS = 64  # positions of a block beside each other
+REGISTERS = 128
 COLOURS = 3  # what the fast path is for
 
 
@@ -36,7 +37,7 @@ def analyse(
                 *pixels.stride(), *_strides(None if packed else bands),
                 colours, frames, height, width, 2 * width, scale, offset,
                 MODE=MODES[mode], PACKED=packed, LAYOUT=layout, WITH_LOW=with_low,
-                ROWS=config.rows, COLUMNS=block, num_warps=config.num_warps, **registers(arch, packed, layout),
+                ROWS=config.rows, COLUMNS=block, num_warps=config.num_warps, **registers(packed, layout),
             )  # fmt: skip
     return bands, low
 
@@ -61,7 +62,7 @@ def synthesise(bands: Tensor, low: Tensor | None, mode: str, dtype: torch.dtype,
                 *_strides(None if packed else bands), *_strides(low), *pixels.stride()[:4],
                 colours, frames, height, width, 2 * width, scale, offset,
                 MODE=MODES[mode], PACKED=packed, WITH_LOW=low is not None,
-                ROWS=config.rows, COLUMNS=block, num_warps=config.num_warps, **registers(arch, packed, PLANAR),
+                ROWS=config.rows, COLUMNS=block, num_warps=config.num_warps, **registers(packed, PLANAR),
             )  # fmt: skip
     return pixels
 
@@ -123,9 +124,9 @@ def candidates(arch: int, widest: int) -> list[tuning.RowConfig]:
     return [tuning.RowConfig((1 if widest == 4 else 2) * warps, warps) for warps in (4, 8, 2)]
 
 
-def registers(arch: int, packed: bool, layout: int) -> dict[str, int]:
+def registers(packed: bool, layout: int) -> dict[str, int]:
     """The launch option that says how many registers a thread may have.
 
     Left to itself the compiler aims at 96 for some calls, and spills. Single loads need more for their addresses.
     """
-    return {"maxnreg": 128 if arch < 100 else 160} if packed and layout != STRIDED else {}
+    return {"maxnreg": REGISTERS} if packed and layout != STRIDED else {}
