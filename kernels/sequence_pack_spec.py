@@ -1,0 +1,171 @@
+"""The spec of the packing for an all-to-all: the calls of the released model, what they cost, what is compiled.
+
+Predicted on one H100 SXM before any measurement: bytes over 92 % (forward) and 85 % (backward) of a device copy's
+3.0 TB/s, and 5 us for the launch. Both ways a row is read in one place and written in another, 192 bytes at a time in
+bf16: 16 bytes a thread, whole sectors. Forward reads q, k and v of a token as one run; backward writes it so.
+At eight ranks a call takes 50 us and less, of which the launch is a tenth.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from osp_fast.kernels import sequence_pack_launch
+from osp_fast.kernels.rope3d import make_rope3d
+from osp_fast.kernels.rope3d_launch import tile_constants
+from osp_fast.kernels.rope3d_spec import (
+    CLIPS,
+    COPY_BANDWIDTH,
+    LAUNCH_SECONDS,
+    NARROW_WEIGHT_SUMS,
+    REACHED,
+    row_kernel_build,
+)
+from osp_fast.kernels.sequence_pack import SequenceLayout, sequence_pack, sequence_pack_ref
+from osp_fast.kernels.sequence_pack_kernels import sequence_pack_kernel, sequence_unpack_kernel
+from osp_fast.kernels.spec import KernelBuild, OpSpec, Shape, Tunable
+from torch import Tensor
+
+
+def _sizes(size: tuple[int, int, int], ranks: int, rank: int, **other: Any) -> dict[str, Any]:
+    sizes = {"ranks": ranks, "rank": rank, "batch": 1, "size": size, "heads": 24, "head_dim": 96}
+    return {**sizes, "rope": True, "norm": False, **other}
+
+
+SHAPES = (
+    Shape("93x640x640, 2 ranks", _sizes(CLIPS["93x640x640"], 2, 1)),
+    Shape("93x640x640, 8 ranks", _sizes(CLIPS["93x640x640"], 8, 3)),
+    Shape("93x352x640, 8 ranks", _sizes(CLIPS["93x352x640"], 8, 3)),
+    Shape("93x720x1280, 8 ranks", _sizes(CLIPS["93x720x1280"], 8, 3)),
+    Shape("93x640x640, 7 ranks, uneven", _sizes(CLIPS["93x640x640"], 7, 3)),
+    Shape("93x640x640, 8 ranks, with norm", _sizes(CLIPS["93x640x640"], 8, 3, norm=True)),
+    Shape("93x640x640, 8 ranks, copied", _sizes(CLIPS["93x640x640"], 8, 3, rope=False)),
+    Shape("16 images 640x640, 8 ranks", _sizes((1, 40, 40), 8, 3, batch=16)),
+)
+
+
+def make_inputs(
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int,
+    ranks: int,
+    rank: int,
+    batch: int,
+    size: tuple[int, int, int],
+    heads: int,
+    head_dim: int,
+    rope: bool,
+    norm: bool,
+) -> dict[str, Any]:
+    """One rank's qkv as the projection writes it, the layout and, if asked for, rope and float32 weights around one."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    layout = SequenceLayout(ranks, rank, size[0] * size[1] * size[2], heads, head_dim, batch)
+    qkv = normal(batch, layout.tokens_of(rank), 3, heads, head_dim, dtype=dtype).requires_grad_()
+    inputs = {"qkv": qkv, "layout": layout, "rope": make_rope3d(size, head_dim, device=device) if rope else None}
+    if norm:
+        for name in ("q_weight", "k_weight"):
+            inputs[name] = (1 + 0.1 * normal(head_dim, dtype=torch.float32)).requires_grad_()
+    return inputs
+
+
+def _elements(ranks: int, rank: int, batch: int, size: tuple[int, int, int], heads: int, head_dim: int) -> int:
+    """Of q on this rank."""
+    tokens = size[0] * size[1] * size[2]
+    return batch * SequenceLayout(ranks, rank, tokens, heads, head_dim).tokens_of(rank) * heads * head_dim
+
+
+def flops(direction: str, *, rope, norm, **sizes) -> float:
+    """Six for each pair of channels of q and k; with norm 8 more forward and 22 backward."""
+    return _elements(**sizes) * (6 * rope + norm * (8 if direction == "forward" else 22))
+
+
+def moved_bytes(direction: str, *, rope, norm, **sizes) -> float:
+    """In 16 bits: q, k, v read and written once each way; with norm q and k are read again backward."""
+    return 2 * _elements(**sizes) * (6 if direction == "forward" else 6 + 2 * norm)
+
+
+def predicted(direction: str, **sizes: Any) -> float:
+    """Seconds on one H100 SXM; see the module's docstring. The weights' gradients are one small reduction more."""
+    launches = 2 if direction == "backward" and sizes["norm"] else 1
+    return moved_bytes(direction, **sizes) / (COPY_BANDWIDTH * REACHED[direction]) + launches * LAUNCH_SECONDS
+
+
+def kernel_builds(
+    arch: int, dtype: torch.dtype, label: str, heads: int, head_dim: int, ranks: int, parts: int, rope: bool, norm: bool
+) -> list[KernelBuild]:
+    """Both kernels for q, k and v (parts = 3), or for one tensor."""
+    constants = dict(H=heads, **tile_constants(head_dim, 3 if rope else 1), RANKS=ranks)
+    constants |= dict(QK=parts == 3, ROPE=rope, NORM=norm)
+    weights = () if norm else ("q_weight", "k_weight")
+    axes = () if rope else ("axes",)
+    configs = [
+        sequence_pack_launch.candidates(name, arch, dtype, head_dim, parts, norm)[0]
+        for name in sequence_pack_launch.KERNELS
+    ]
+    absent = (*axes, *weights, *(("q", "k") if parts == 1 else ()))
+    found = [row_kernel_build(sequence_pack_kernel, arch, dtype, label, configs[0], constants, absent, 0)]
+    absent = (*axes, *weights, *(() if norm else ("q", "k", "weight_sums")))
+    absent += ("q_out", "k_out") if parts == 1 else ()
+    narrow = NARROW_WEIGHT_SUMS if norm else 0
+    return [*found, row_kernel_build(sequence_unpack_kernel, arch, dtype, label, configs[1], constants, absent, narrow)]
+
+
+def builds(arch: int) -> list[KernelBuild]:
+    """What the released model launches on 8 and 7 ranks, with norm, without rope, on the way back; other types once."""
+    half = torch.bfloat16
+    return [
+        build
+        for arguments in (
+            (half, "8 ranks", 24, 96, 8, 3, True, False),
+            (half, "7 ranks", 24, 96, 7, 3, True, False),
+            (half, "8 ranks", 24, 96, 8, 3, True, True),
+            (half, "received", 3, 96, 1, 3, False, False),
+            (half, "output, 8 ranks", 24, 96, 8, 1, False, False),
+            (torch.float16, "8 ranks", 24, 96, 8, 3, True, False),
+            (torch.float32, "8 ranks", 24, 96, 8, 3, True, False),
+        )
+        for build in kernel_builds(arch, *arguments)
+    ]
+
+
+def tuning_candidates(inputs: dict[str, Any], arch: int):
+    """Every configuration of both kernels, for q, k and v."""
+    qkv, norm = inputs["qkv"], "q_weight" in inputs
+    for name in sequence_pack_launch.KERNELS:
+        for config in sequence_pack_launch.candidates(name, arch, qkv.dtype, qkv.shape[4], 3, norm):
+            yield name, config
+
+
+def tuning_call(inputs: dict[str, Any], kernel: str):
+    """A call that launches one of the kernels in the thread that makes it."""
+    detached = {name: x.detach() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    if kernel == "sequence_pack forward":
+        return functools.partial(sequence_pack, **detached)
+    qkv, layout, rope = detached["qkv"], detached["layout"], detached["rope"]
+    axes, size, start = (None, (0, 0, 0), 0) if rope is None else (rope.axes, rope.size, layout.first_token())
+    weights = [detached.get(name) for name in ("q_weight", "k_weight")]
+    saved = qkv if weights[0] is not None else None
+    sizes = (*qkv.shape[:2], *qkv.shape[3:])
+    buffer = torch.randn_like(qkv).flatten()
+    operation = torch.ops.osp_fast.sequence_pack_backward
+    return functools.partial(operation, buffer, sizes, axes, size, start, saved, *weights, 1e-6, layout.ranks)
+
+
+SPEC = OpSpec(
+    name="sequence_pack",
+    operation=sequence_pack,
+    reference=sequence_pack_ref,
+    make_inputs=make_inputs,
+    shapes=SHAPES,
+    tolerances={torch.float32: (1e-6, 1e-6), torch.bfloat16: (4e-3, 4e-3), torch.float16: (5e-4, 5e-4)},
+    flops=flops,
+    bytes=moved_bytes,
+    predicted=predicted,
+    builds=builds,
+    tunable=Tunable(tuning_candidates, tuning_call),
+)
