@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import importlib.util
 
 import pytest
 import torch
+from osp_fast.kernels import channel_norm_spec
 from osp_fast.kernels.spec import Shape
 
 from bench import run
 from bench.accuracy import named
-from bench.baselines import compiled_reference, eager_reference
+from bench.baselines import Unavailable, baselines_of, compiled_reference, eager_reference
 from bench.results import AS_WRITTEN, bound_by, rate
 
 CPU = torch.device("cpu")
@@ -85,3 +87,16 @@ def test_what_binds_and_at_what_rate():
     assert bound_by(798e12, 2.9e12) == "products" and bound_by(798e12, 3.1e12) == "memory"
     assert bound_by(798e12, 2.9e12, {**LIMITS, "copy_bytes_per_second": 2e12}) == "memory"
     assert rate(1e9, 2.76e9, 1e-3) == "2760 GB/s" and rate(420e12, 1e9, 1.0) == "420 TFLOP/s"
+
+
+def test_the_baselines_of_the_channel_norm():
+    baselines = {baseline.name: baseline for baseline in baselines_of("channel_norm")}
+    assert list(baselines) == ["eager reference", "torch.compile of the reference", "Liger-Kernel LayerNorm"]
+    sizes = dict(batch=1, frames=2, rows=3, columns=4, channels=8)
+    for silu, reason in ((True, "has no SiLU"), (False, "is not installed")):
+        inputs = channel_norm_spec.make_inputs(device=CPU, dtype=torch.float32, seed=0, **sizes, silu=silu)
+        call, leaves = baselines["eager reference"].bind(inputs)
+        assert torch.equal(call(), channel_norm_spec.SPEC.reference(**inputs)) and len(leaves) == 3
+        if silu or importlib.util.find_spec("liger_kernel") is None:
+            with pytest.raises(Unavailable, match=reason):
+                baselines["Liger-Kernel LayerNorm"].bind(inputs)
