@@ -1,70 +1,25 @@
 """`bench run --tune`: every candidate configuration of every kernel timed on an operation's shapes, the best printed.
 
-Candidates and the way to force one belong to `osp_fast.kernels.tuning`. One kernel at a time is changed, all others
-keep what the table gives them; a kernel of the backward pass is judged by the time of the whole backward pass. The
-backward operation is called by itself: PyTorch runs a backward pass on a GPU in a thread that `forced` does not reach.
+Candidates and calls are those of the spec's `Tunable`. One kernel at a time is changed, all others keep what their
+tables give them; a kernel is judged by the time of the call that launches it. The backward operation is called by
+itself: PyTorch runs a backward pass on a GPU in a thread that `osp_fast.kernels.tuning.forced` does not reach.
 """
 
 import datetime
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from osp_fast.kernels import tuning
 from osp_fast.kernels.launch import architecture
-from osp_fast.kernels.skiparse_attention_launch import choose_version
 from osp_fast.kernels.spec import OpSpec, Shape
 
 from bench.measure import Timer, environment, median_seconds, require_cuda
 from bench.results import result_path, write_result
-from bench.run import DTYPE, make_input_sets, reason_of
+from bench.run import make_input_sets, reason_of
 from bench.table import format_table, milliseconds
 from osp_fast.errors import UserError
-
-
-@dataclass(frozen=True)
-class Tunable:
-    """How an operation is tuned.
-
-    candidates: (inputs, architecture) -> every (kernel, configuration) to time
-    bind: (inputs, kernel) -> a call that launches this kernel in the thread that makes it
-    """
-
-    candidates: Callable[[dict[str, Any], int], Iterator[tuple[str, Any]]]
-    bind: Callable[[dict[str, Any], str], Callable[[], Any]]
-
-
-def attention_candidates(inputs: dict[str, Any], arch: int) -> Iterator[tuple[str, Any]]:
-    """(kernel, configuration) of skiparse attention for the version that serves these inputs."""
-    head_dim, mode = inputs["q"].shape[-1], inputs["mode"]
-    call = tuning.Call(
-        arch=arch,
-        dtype=DTYPE,
-        head_dim=head_dim,
-        mode=mode,
-        masked=inputs.get("key_mask") is not None,
-        descriptors=choose_version(arch, DTYPE, head_dim, mode, inputs["sparse_n"]) == "descriptor",
-    )
-    for kernel in tuning.KERNELS:
-        yield from ((kernel, config) for config in tuning.candidates(kernel, call))
-
-
-def bind_attention(inputs: dict[str, Any], kernel: str) -> Callable[[], Any]:
-    """The forward or backward operation of skiparse attention; "queries" is part of the deterministic backward only."""
-    q, k, v = (inputs[name].detach() for name in ("q", "k", "v"))
-    masks = inputs.get("key_mask"), inputs.get("key_lengths")
-    mode = inputs["mode"]
-    options = (*masks, mode, 1 if mode == "full" else inputs["sparse_n"], kernel == "queries", "auto")
-    if kernel == "forward":
-        return lambda: torch.ops.osp_fast.skiparse_attention(q, k, v, *options)
-    out, lse = torch.ops.osp_fast.skiparse_attention(q, k, v, *options)
-    cotangent = torch.randn_like(out)
-    return lambda: torch.ops.osp_fast.skiparse_attention_backward(cotangent, q, k, v, out, lse, *options)
-
-
-TUNABLE = {"skiparse_attention": Tunable(attention_candidates, bind_attention)}
 
 
 def run_tune(pairs: Sequence[tuple[OpSpec, Shape]], folder: Path) -> int:
@@ -95,20 +50,18 @@ def run_tune(pairs: Sequence[tuple[OpSpec, Shape]], folder: Path) -> int:
 def check_tunable(pairs: Sequence[tuple[OpSpec, Shape]]) -> None:
     """Raises UserError for an operation without candidates."""
     for spec, _ in pairs:
-        if spec.name not in TUNABLE:
-            raise UserError(f"--tune: {spec.name} has no candidates to time: choose from {', '.join(TUNABLE)} by --op")
+        if spec.tunable is None:
+            raise UserError(f"--tune: {spec.name} has no candidates to time: choose other operations by --op")
 
 
 def tune_shape(spec: OpSpec, shape: Shape, device: torch.device, timer: Timer) -> Iterator[dict[str, Any]]:
     """Yield a row per kernel and candidate. Raises RuntimeError if a call does not launch the kernel it is to time."""
     sets = make_input_sets(spec, shape, device)
-    tunable = TUNABLE[spec.name]
-    for kernel, config in tunable.candidates(sets[0], architecture(device)):
-        direction = "forward" if kernel == "forward" else "backward"
-        row = {"op": spec.name, "shape": shape.name, "kernel": kernel, "direction": direction, "config": str(config)}
+    for kernel, config in spec.tunable.candidates(sets[0], architecture(device)):
+        row = {"op": spec.name, "shape": shape.name, "kernel": kernel, "config": str(config)}
         row |= {"seconds": None, "spread": None}
         try:
-            calls = [tunable.bind(inputs, kernel) for inputs in sets]
+            calls = [spec.tunable.bind(inputs, kernel) for inputs in sets]
             with tuning.forced(kernel, config) as override:
                 row["seconds"], row["spread"] = timer(calls)
         except Exception as error:  # that a candidate does not fit this device is a result
@@ -130,7 +83,7 @@ def best_rows(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], dict
 
 
 def tune_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The best candidate of each shape and kernel; the time is that of its direction."""
+    """The best candidate of each shape and kernel; the time is that of the call that launches it."""
     lines = []
     for key, row in best_rows(rows).items():
         lines.append([*key, milliseconds(row["seconds"]), row["config"]] if row else [*key, None, "no candidate ran"])

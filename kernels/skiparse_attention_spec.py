@@ -11,6 +11,7 @@ a call costs it about 0.1 ms, which alone bounds calls that are shorter.
 
 import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from osp_fast.kernels.skiparse_attention_forward import skiparse_attention_fwd_k
 from osp_fast.kernels.skiparse_attention_hopper import builds as hopper_builds
 from osp_fast.kernels.skiparse_attention_launch import ROWS_BLOCK, choose_version
 from osp_fast.kernels.skiparse_sets import MODE_NUMBER, count_sets, longest_set, split_head_dim
-from osp_fast.kernels.spec import KernelBuild, OpSpec, Shape
+from osp_fast.kernels.spec import KernelBuild, OpSpec, Shape, Tunable
 
 MULTIPROCESSORS = 132
 PREDICTED_RATE = {"forward": 420e12, "backward": 380e12}  # FLOP/s inside full tiles
@@ -262,6 +263,29 @@ def builds(arch: int) -> list[KernelBuild]:
     return [*found, kernel_build("rows", arch, torch.bfloat16, 96, "group", 4, False, False), *hopper_builds(arch)]
 
 
+def tuning_candidates(inputs: dict[str, Any], arch: int) -> Iterator[tuple[str, tuning.Config]]:
+    """Every configuration of every kernel of the version that serves these inputs."""
+    q, mode = inputs["q"], inputs["mode"]
+    head_dim = q.shape[-1]
+    descriptors = choose_version(arch, q.dtype, head_dim, mode, inputs["sparse_n"]) == "descriptor"
+    call = tuning.Call(arch, q.dtype, head_dim, mode, inputs.get("key_mask") is not None, descriptors)
+    for kernel in tuning.KERNELS:
+        yield from ((kernel, config) for config in tuning.candidates(kernel, call))
+
+
+def tuning_call(inputs: dict[str, Any], kernel: str) -> Callable[[], Any]:
+    """The forward or backward operation; "queries" is part of the deterministic backward only."""
+    q, k, v = (inputs[name].detach() for name in ("q", "k", "v"))
+    masks = inputs.get("key_mask"), inputs.get("key_lengths")
+    mode = inputs["mode"]
+    options = (*masks, mode, 1 if mode == "full" else inputs["sparse_n"], kernel == "queries", "auto")
+    if kernel == "forward":
+        return lambda: torch.ops.osp_fast.skiparse_attention(q, k, v, *options)
+    out, lse = torch.ops.osp_fast.skiparse_attention(q, k, v, *options)
+    cotangent = torch.randn_like(out)
+    return lambda: torch.ops.osp_fast.skiparse_attention_backward(cotangent, q, k, v, out, lse, *options)
+
+
 SPEC = OpSpec(
     name="skiparse_attention",
     operation=skiparse_attention,
@@ -273,6 +297,7 @@ SPEC = OpSpec(
     bytes=moved_bytes,
     predicted=predicted,
     builds=builds,
+    tunable=Tunable(tuning_candidates, tuning_call),
     variants={
         "deterministic": functools.partial(skiparse_attention_triton, deterministic=True),
         "warp_specialized": functools.partial(skiparse_attention_triton, version="warp_specialized"),

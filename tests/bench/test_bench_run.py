@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from osp_fast.kernels.spec import Shape, UnsupportedCall
+from osp_fast.kernels import channel_norm_spec
+from osp_fast.kernels import skiparse_attention_spec as attention
+from osp_fast.kernels.spec import Shape, Tunable, UnsupportedCall
 
 from bench import measure, run, tune, verify
 from bench.accuracy import relative_error
 from bench.baselines import Baseline, Unavailable
 from bench.measure import direction_calls, input_set_count
-from bench.ops import load_specs
 from bench.report import report_text
 from bench.results import AS_WRITTEN, GATHERED, latest_runs, result_path, write_result
 from osp_fast.errors import UserError
@@ -228,8 +229,8 @@ def test_the_error_of_zero_is_zero_and_of_nan_is_nan():
 
 def test_tuning_finds_the_best_candidate_of_each_kernel(toy, monkeypatch):
     times = {("forward", "slow"): 2e-3, ("forward", "fast"): 1e-3, ("keys", "slow"): 3e-3, ("keys", "too big"): None}
-    tunable = tune.Tunable(lambda inputs, arch: iter(times), lambda inputs, kernel: lambda: None)
-    monkeypatch.setitem(tune.TUNABLE, "toy", tunable)
+    tunable = Tunable(lambda inputs, arch: iter(times), lambda inputs, kernel: lambda: None)
+    spec = dataclasses.replace(toy.SPEC, tunable=tunable)
     now = []
 
     def timer(calls):
@@ -243,13 +244,8 @@ def test_tuning_finds_the_best_candidate_of_each_kernel(toy, monkeypatch):
         yield tune.tuning.Forced(config, used=True)
 
     monkeypatch.setattr(tune.tuning, "forced", forced)
-    rows = list(tune.tune_shape(toy.SPEC, toy.SPEC.shapes[0], CPU, timer))
-    assert [(row["direction"], row["seconds"]) for row in rows] == [
-        ("forward", 2e-3),
-        ("forward", 1e-3),
-        ("backward", 3e-3),
-        ("backward", None),
-    ]
+    rows = list(tune.tune_shape(spec, spec.shapes[0], CPU, timer))
+    assert [(row["kernel"], row["config"], row["seconds"]) for row in rows] == [(*key, times[key]) for key in times]
     assert rows[-1]["unavailable"] == "out of shared memory"
     assert [row["config"] for row in tune.best_rows(rows).values()] == ["fast", "slow"]
     assert "toy  square  forward  1.000 ms  fast" in tune.tune_table(rows)
@@ -258,9 +254,9 @@ def test_tuning_finds_the_best_candidate_of_each_kernel(toy, monkeypatch):
 
 
 def test_attention_candidates_are_those_of_the_version_that_serves():
-    inputs = {"q": torch.empty(1, 8, 2, 96), "mode": "single", "sparse_n": 4}
+    inputs = {"q": torch.empty(1, 8, 2, 96, dtype=torch.bfloat16), "mode": "single", "sparse_n": 4}
     for arch, descriptors in ((90, True), (80, False)):
-        found = list(tune.attention_candidates(inputs, arch))
+        found = list(attention.SPEC.tunable.candidates(inputs, arch))
         assert len(found) == len(set(found)) and {kernel for kernel, _ in found} == set(tune.tuning.KERNELS)
         call = tune.tuning.Call(arch, torch.bfloat16, 96, "single", False, descriptors)
         assert [config for kernel, config in found if kernel == "keys"] == tune.tuning.candidates("keys", call)
@@ -290,22 +286,32 @@ def test_a_variant_may_refuse_a_call_and_may_not_break(toy):
     assert verdicts == ["refused: not mine", "error: too many values to unpack"]
 
 
-@pytest.mark.parametrize("mode", ["full", "group"])
-def test_tuning_times_the_kernel_that_it_changes(mode, monkeypatch):
+ATTENTION = {"batch": 1, "tokens": 21, "heads": 1, "head_dim": 16, "sparse_n": 4}
+NORM = {"batch": 1, "frames": 2, "rows": 3, "columns": 4, "channels": 8}
+
+
+@pytest.mark.parametrize(
+    "spec, sizes",
+    [
+        (attention.SPEC, ATTENTION | {"mode": "full"}),
+        (attention.SPEC, ATTENTION | {"mode": "group"}),
+        (channel_norm_spec.SPEC, NORM),
+    ],
+)
+def test_tuning_times_the_kernel_that_it_changes(spec, sizes, monkeypatch):
     """In the interpreter: each call launches the kernel whose configuration is forced; one that does not is refused."""
-    monkeypatch.setattr(tune, "DTYPE", torch.float32)
     monkeypatch.setattr(run, "DTYPE", torch.float32)
-    sizes = {"batch": 1, "tokens": 21, "heads": 1, "head_dim": 16, "mode": mode, "sparse_n": 4}
-    spec, shape = load_specs()["skiparse_attention"], Shape("small", sizes)
+    shape = Shape("small", sizes)
 
     def timer(calls):
         calls[0]()
         return 1e-3, 0.0
 
     rows = list(tune.tune_shape(spec, shape, CPU, timer))
-    assert [row["kernel"] for row in rows] == list(tune.tuning.KERNELS)
+    inputs = spec.make_inputs(device=CPU, dtype=torch.float32, seed=0, **sizes)
+    assert [row["kernel"] for row in rows] == [kernel for kernel, _ in spec.tunable.candidates(inputs, 0)]
     assert all(row["seconds"] == 1e-3 for row in rows), rows
-    with pytest.raises(RuntimeError, match="does not launch 'forward'"):
+    with pytest.raises(RuntimeError, match="does not launch '.*forward'"):
         list(tune.tune_shape(spec, shape, CPU, lambda calls: (1e-3, 0.0)))
 
 
