@@ -1,10 +1,10 @@
 """The spec of 3D RoPE: the calls of the released model, what they cost, and what is compiled for them.
 
 Predicted on one H100 SXM before any measurement: bytes over 92 % (forward) and 85 % (backward) of a device copy's
-3.0 TB/s, and 5 us for the launch. Forward a thread has some 150 instructions for 64 bytes in and 64 out, a quarter of
-what the multiprocessor issues in the time that memory takes for them. Backward starts from less: it has five streams
-of 192 bytes a row rather than two, with rows of three tensors apart, and in the model it follows attention's backward.
-With norm each tile is reduced twice across 8 lanes, which latency hides while there are 16 warps.
+3.0 TB/s, and 5 us for the launch. Instructions do not bind: a warp of the forward issues some 340 for 3 KiB in and out
+(6 of 8 lanes at work), a third of what a multiprocessor can issue while memory moves that much; backward it is a
+quarter, with norm a third. Backward is given less for its six streams rather than four, and for rows of 192 bytes that
+three tensors give in turn.
 """
 
 import functools

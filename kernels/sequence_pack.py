@@ -153,12 +153,11 @@ def pack_output(out: Tensor, layout: SequenceLayout) -> Tensor:
 
 def unpack_output(buffer: Tensor, layout: SequenceLayout) -> Tensor:
     """(B, n, H, D), this rank's tokens with all heads, from the flat buffer that it received."""
-    pieces = output_pieces(buffer, layout)
     if constant_path(buffer.device) != "triton":
-        return torch.cat([x.unflatten(2, (-1, layout.head_dim)) for x in pieces if x.shape[2]], 2).transpose(0, 1)
+        return torch.cat(output_pieces(buffer, layout), 2).transpose(0, 1).unflatten(2, (-1, layout.head_dim))
+    sizes = (layout.batch, layout.tokens_of(layout.rank), layout.heads, layout.head_dim)
+    _check_buffer(buffer, sizes)
     check_triton("unpack_output", buffer)
-    tokens = layout.tokens_of(layout.rank)
-    sizes = (layout.batch, tokens, layout.heads, layout.head_dim)
     return torch.ops.osp_fast.sequence_unpack_parts(buffer, *sizes, layout.ranks)
 
 
@@ -168,11 +167,11 @@ def output_pieces(buffer: Tensor, layout: SequenceLayout) -> list[Tensor]:
     The output projection is the sum over ranks of a piece times its columns of the weight, which needs no unpacking:
     sum(piece @ part.T for piece, part in zip(pieces, weight.split([piece.shape[2] ...], 1))) + bias, (n, B, width).
     """
-    _, received = layout.output_splits()
-    _check_buffer(buffer, (layout.tokens_of(layout.rank), layout.batch, layout.heads, layout.head_dim))
-    shape = (layout.tokens_of(layout.rank), layout.batch)
+    tokens = layout.tokens_of(layout.rank)
+    _check_buffer(buffer, (layout.batch, tokens, layout.heads, layout.head_dim))
     widths = [layout.heads_of(rank) * layout.head_dim for rank in range(layout.ranks)]
-    return [piece.view(*shape, width) for piece, width in zip(buffer.split(received), widths, strict=True)]
+    pieces = buffer.split(layout.output_splits()[1])
+    return [piece.view(tokens, layout.batch, width) for piece, width in zip(pieces, widths, strict=True)]
 
 
 def sequence_pack_ref(

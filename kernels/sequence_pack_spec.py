@@ -3,7 +3,7 @@
 Predicted on one H100 SXM before any measurement: bytes over 92 % (forward) and 85 % (backward) of a device copy's
 3.0 TB/s, and 5 us for the launch. Both ways a row is read in one place and written in another, 192 bytes at a time in
 bf16: 16 bytes a thread, whole sectors. Forward reads q, k and v of a token as one run; backward writes it so.
-At eight ranks a call takes 50 us and less, of which the launch is a tenth.
+At eight ranks a call takes some 50 us, of which the launch is a tenth.
 """
 
 import functools
