@@ -11,6 +11,10 @@ from osp_fast.errors import UserError
 MODULES = (
     "osp_fast.kernels.skiparse_attention_spec",
     "osp_fast.kernels.adaln_spec",
+    "osp_fast.kernels.rope3d_spec",
+    "osp_fast.kernels.sequence_pack_spec",
+    "osp_fast.kernels.haar_spec",
+    "osp_fast.kernels.channel_norm_spec",
 )
 
 
