@@ -5,7 +5,9 @@ Triton on CPU tensors needs its interpreter (`TRITON_INTERPRET=1`), which is for
 """
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 from triton import knobs
@@ -13,6 +15,7 @@ from triton import knobs
 PATHS = ("triton", "reference")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST = 80  # compute capability 8.0
+_forced: ContextVar[str | None] = ContextVar("forced path", default=None)
 
 
 def interpreting() -> bool:
@@ -20,8 +23,25 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+@contextmanager
+def forced_path(path: str) -> Iterator[None]:
+    """Within it, in this thread, `selected_path` is `path` for every device, whatever the environment says.
+
+    For tracing: with "triton" the operations run on fake and meta tensors, where nothing is launched.
+    """
+    if path not in PATHS:
+        raise ValueError(f"path {path!r} is unknown: use {' or '.join(PATHS)}")
+    token = _forced.set(path)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 def selected_path(device: torch.device) -> str:
     """triton or reference: what serves tensors on `device`. Raises ValueError for a choice that cannot be served."""
+    if (forced := _forced.get()) is not None:
+        return forced
     value = os.environ.get("OSP_FAST_KERNELS")
     if value is None:
         return "triton" if device.type == "cuda" else "reference"
@@ -40,7 +60,8 @@ constant_path = torch.compiler.assume_constant_result(selected_path)
 def _obstacle(device: torch.device) -> str | None:
     """Why no Triton kernel can run on `device`, or None."""
     if device.type != "cuda":
-        return None if interpreting() else f"needs an NVIDIA GPU, and the tensors are on {device.type}"
+        served = interpreting() or _forced.get() == "triton"
+        return None if served else f"needs an NVIDIA GPU, and the tensors are on {device.type}"
     if architecture(device) < OLDEST:
         return f"needs compute capability 8.0, and this GPU has {architecture(device) / 10}"
     return None

@@ -42,6 +42,23 @@ def test_kernel_path(monkeypatch):
         selected_path(cpu)
 
 
+def test_a_forced_path_ends_with_its_block(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setenv("OSP_FAST_KERNELS", "reference")
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    with launch.forced_path("triton"):
+        assert (selected_path(cpu), selected_path(cuda)) == ("triton", "triton")
+        launch.check_triton("op", torch.empty(1, device="meta"))
+        with launch.forced_path("reference"):
+            assert selected_path(cuda) == "reference"
+        assert selected_path(cpu) == "triton"
+    assert selected_path(cpu) == "reference"
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        launch.check_triton("op", torch.empty(1, device="meta"))
+    with pytest.raises(ValueError, match="'fast' is unknown"), launch.forced_path("fast"):
+        pass
+
+
 @pytest.mark.parametrize("interpreter", [False, True])
 def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch, interpreter):
     monkeypatch.setenv("OSP_FAST_KERNELS", "triton")
