@@ -1,4 +1,4 @@
-"""`python -m bench list|run|verify|static|compare|report`, from the repository's root; see bench/README.md."""
+"""`python -m bench list|run|verify|static|block|compare|report`, from the repository's root; see bench/README.md."""
 
 import argparse
 import sys
@@ -50,6 +50,12 @@ def _static(arguments: argparse.Namespace, load: Callable) -> int:
     return run_static(choose_ops(load(), arguments.op), arguments.arch, arguments.json)
 
 
+def _block(arguments: argparse.Namespace, load: Callable) -> int:
+    from bench.block import run_block
+
+    return run_block(arguments.size, arguments.clip, arguments.inductor, arguments.json)
+
+
 def _compare(arguments: argparse.Namespace, load: Callable) -> int:
     from bench.compare import run_compare
 
@@ -93,6 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     add_choice(static, shapes=False)
     static.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=ARCHS, help="compute capabilities")
     static.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+
+    block = add("block", _block, "kernels and bytes of one DiT block, references and our operations; needs no GPU")
+    block.add_argument("--size", default="OpenSoraT2V_v1_3-2B/122", metavar="NAME", help="the model (the released one)")
+    block.add_argument("--clip", default="93x640x640", metavar="TxHxW", help="frames and pixels (93x640x640)")
+    block.add_argument(
+        "--no-inductor", dest="inductor", action="store_false", help="leave out what Inductor makes of it"
+    )
+    block.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
 
     compare = add("compare", _compare, "two result files of run, or two of static: what changed")
     compare.add_argument("before", type=Path, metavar="A.json")
