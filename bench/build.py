@@ -67,6 +67,7 @@ def empty_row(op: str, build: KernelBuild) -> dict[str, Any]:
         "loop_instructions": {},
         "access_widths": {},
         "narrow": build.narrow,
+        "programs": build.programs,
         "num_warps": build.num_warps,
         "num_stages": build.num_stages,
         "may_spill": build.may_spill,

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from osp_fast.kernels.spec import KernelBuild, OpSpec
 
-from bench.build import check_compilable, empty_row, static_row
+from bench.build import WARP_SIZE, check_compilable, empty_row, static_row
 from bench.sass import MATRIX, WIDE
 from bench.table import format_table
 from osp_fast.errors import UserError
@@ -26,6 +26,10 @@ ERROR_LENGTH = 300
 # What a block may have (CUDA C++ Programming Guide, compute capabilities): bytes, and columns of sm_100's tensor memory
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 TENSOR_MEMORY_COLUMNS = 512
+# What a multiprocessor has: registers, given to warps in pieces; shared memory, of which each block takes 1 KiB more
+REGISTERS, REGISTER_PIECE = 65536, 256
+MULTIPROCESSOR_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+BLOCK_OVERHEAD = 1 << 10
 
 
 def run_static(specs: Sequence[OpSpec], archs: Sequence[int], json_file: Path | None) -> int:
@@ -90,11 +94,20 @@ def row_faults(row: dict[str, Any]) -> list[str]:
         faults.append(f"{name} {row['shared']} bytes of shared memory, a block has {SHARED_MEMORY[row['arch']]}")
     if (row["tensor_memory"] or 0) > TENSOR_MEMORY_COLUMNS:
         faults.append(f"{name} {row['tensor_memory']} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}")
+    if row["programs"] is not None and resident(row) < row["programs"]:
+        faults.append(f"{name} a multiprocessor holds {resident(row)} programs, {row['programs']} are started")
     narrow = sum(count for width, count in row["access_widths"].items() if int(width) < WIDE)
     if row["narrow"] is not None and narrow > row["narrow"]:
         widths = _widths(row)
         faults.append(f"{name} {narrow} accesses narrower than {WIDE} bytes ({widths}), {row['narrow']} allowed")
     return faults + [f"{name} no {missing} in the binary" for missing in row["missing"]]
+
+
+def resident(row: dict[str, Any]) -> int:
+    """How many programs a multiprocessor holds at once, by registers and shared memory."""
+    warp_registers = -(-row["registers"] * WARP_SIZE // REGISTER_PIECE) * REGISTER_PIECE
+    by_registers = REGISTERS // warp_registers // row["warps"]
+    return min(by_registers, MULTIPROCESSOR_MEMORY[row["arch"]] // (row["shared"] + BLOCK_OVERHEAD))
 
 
 def static_table(rows: Sequence[dict[str, Any]]) -> str:

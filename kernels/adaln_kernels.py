@@ -146,61 +146,67 @@ def adaln_bwd_kernel(
         tl.store(sums + (SUMS - 1) * D, tl.sum(gate_sum, 0), mask=inside)
 
 
-@triton.jit
-def _sum_programs(partial, programs, columns, inside, WHICH: tl.constexpr, SUMS: tl.constexpr, D: tl.constexpr,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """One of the sums over the programs of a sample, (COLUMNS,)."""
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, programs, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        where = partial + (rows[:, None] * SUMS + WHICH) * D + columns[None, :]
-        total += tl.load(where, mask=(rows < programs)[:, None] & inside[None, :], other=0.0)
-    return tl.sum(total, 0)
-
-
 @triton.jit(do_not_specialize=["batch", "programs"])
 def adaln_bwd_sums_kernel(
     partial, scale, scale_table, weight, bias, shift_grad, scale_grad, gate_grad, shift_table_grad, scale_table_grad,
     gate_table_grad, weight_grad, bias_grad, scale_batch, batch, programs,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr, GATE_TABLE: tl.constexpr,
-    MODULATES: tl.constexpr, TABLE: tl.constexpr, WEIGHTED: tl.constexpr, BIASED: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
+    GATE_TABLE: tl.constexpr, MODULATES: tl.constexpr, TABLE: tl.constexpr, WEIGHTED: tl.constexpr,
+    BIASED: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of all vectors from `partial`: those of samples (B, d), those that samples share (d,)."""
+    """The gradients of all vectors from `partial`: those of samples (B, d), those that samples share (d,).
+
+    Grid: blocks of columns, SUMS: 0 shift, 1 scale, the last the gate. A program walks over the rows of all samples.
+    """
+    SUMS: tl.constexpr = (2 if MODULATES else 0) + (1 if GATED else 0)
+    SHIFT: tl.constexpr = 0 if MODULATES else -1
+    SCALE: tl.constexpr = 1 if MODULATES else -1
+    GATE: tl.constexpr = SUMS - 1 if GATED else -1
+    kind = tl.program_id(1)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < D
-    SUMS: tl.constexpr = (2 if MODULATES else 0) + (1 if GATED else 0)
-    shift_total = tl.zeros([COLUMNS], tl.float32)
-    scale_total = tl.zeros([COLUMNS], tl.float32)
-    gate_total = tl.zeros([COLUMNS], tl.float32)
-    weight_total = tl.zeros([COLUMNS], tl.float32)
-    bias_total = tl.zeros([COLUMNS], tl.float32)
-    for sample in range(0, batch):
-        written = sample * D + columns
-        if MODULATES:
-            shift_sum = _sum_programs(partial, programs, columns, inside, 0, SUMS, D, ROWS, COLUMNS)
-            scale_sum = _sum_programs(partial, programs, columns, inside, 1, SUMS, D, ROWS, COLUMNS)
-            factor = 1.0 + _vector(scale, scale_table, sample, scale_batch, columns, inside, TABLE)
-            weight_total += factor * scale_sum
-            bias_total += factor * shift_sum
-            if WEIGHTED:
-                scale_sum *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-            if BIASED:
-                scale_sum += shift_sum * tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-            tl.store(shift_grad + written, shift_sum.to(shift_grad.dtype.element_ty), mask=inside)
-            tl.store(scale_grad + written, scale_sum.to(scale_grad.dtype.element_ty), mask=inside)
-            shift_total += shift_sum
-            scale_total += scale_sum
-        if GATED:
-            gate_sum = _sum_programs(partial, programs, columns, inside, SUMS - 1, SUMS, D, ROWS, COLUMNS)
-            tl.store(gate_grad + written, gate_sum.to(gate_grad.dtype.element_ty), mask=inside)
-            gate_total += gate_sum
-        partial += programs * (SUMS * D)
-    if TABLE:
-        tl.store(shift_table_grad + columns, shift_total.to(shift_table_grad.dtype.element_ty), mask=inside)
-        tl.store(scale_table_grad + columns, scale_total.to(scale_table_grad.dtype.element_ty), mask=inside)
-    if GATE_TABLE:
-        tl.store(gate_table_grad + columns, gate_total.to(gate_table_grad.dtype.element_ty), mask=inside)
-    if WEIGHTED:
-        tl.store(weight_grad + columns, weight_total.to(weight_grad.dtype.element_ty), mask=inside)
-    if BIASED:
-        tl.store(bias_grad + columns, bias_total.to(bias_grad.dtype.element_ty), mask=inside)
+    chunks = tl.cdiv(programs, ROWS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    shift_total = tl.zeros([ROWS, COLUMNS], tl.float32)  # beside that of scale, which needs both with a bias
+    over_samples = tl.zeros([COLUMNS], tl.float32)
+    over_factors = tl.zeros([COLUMNS], tl.float32)  # of the norm's own weight and bias
+    for step in tl.range(0, batch * chunks, num_stages=STAGES):
+        sample = step // chunks
+        rows = (step - sample * chunks) * ROWS + tl.arange(0, ROWS)
+        wanted = (rows < programs)[:, None] & inside[None, :]
+        where = partial + (sample * programs + rows)[:, None] * (SUMS * D) + columns[None, :]
+        total += tl.load(where + kind * D, mask=wanted, other=0.0)
+        if BIASED:
+            shift_total += tl.load(where, mask=wanted & (kind == SCALE), other=0.0)
+        if step % chunks == chunks - 1:  # the sample's last rows
+            value = tl.sum(total, 0)
+            written = sample * D + columns
+            if MODULATES and kind <= SCALE:
+                factor = 1.0 + _vector(scale, scale_table, sample, scale_batch, columns, inside, TABLE)
+                over_factors += factor * value
+            if kind == SHIFT:
+                tl.store(shift_grad + written, value.to(shift_grad.dtype.element_ty), mask=inside)
+            if kind == SCALE:
+                if WEIGHTED:
+                    value *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+                if BIASED:
+                    of_shift = tl.sum(shift_total, 0)
+                    value += of_shift * tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+                    shift_total = tl.zeros([ROWS, COLUMNS], tl.float32)
+                tl.store(scale_grad + written, value.to(scale_grad.dtype.element_ty), mask=inside)
+            if kind == GATE:
+                tl.store(gate_grad + written, value.to(gate_grad.dtype.element_ty), mask=inside)
+            over_samples += value
+            total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if kind == SHIFT:
+        if TABLE:
+            tl.store(shift_table_grad + columns, over_samples.to(shift_table_grad.dtype.element_ty), mask=inside)
+        if BIASED:
+            tl.store(bias_grad + columns, over_factors.to(bias_grad.dtype.element_ty), mask=inside)
+    if kind == SCALE:
+        if TABLE:
+            tl.store(scale_table_grad + columns, over_samples.to(scale_table_grad.dtype.element_ty), mask=inside)
+        if WEIGHTED:
+            tl.store(weight_grad + columns, over_factors.to(weight_grad.dtype.element_ty), mask=inside)
+    if GATE_TABLE and kind == GATE:
+        tl.store(gate_table_grad + columns, over_samples.to(gate_table_grad.dtype.element_ty), mask=inside)

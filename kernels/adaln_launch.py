@@ -8,25 +8,37 @@ from osp_fast.kernels.launch import architecture, multiprocessors
 from osp_fast.kernels.tuning import RowConfig
 from torch import Tensor
 
-SUM_ROWS, SUM_COLUMNS = 64, 32  # of a block of the small sum: 16 bytes a thread
+SUM_ROWS, SUM_COLUMNS, SUM_STAGES = 32, 32, 3  # of a block of the small sum: 16 bytes a thread
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a multiprocessor has for programs
 
 
-def candidates(kernel: str, arch: int, *, adds: bool, modulates: bool) -> list[RowConfig]:
+def candidates(
+    kernel: str, arch: int, *, adds: bool, modulates: bool, width: int, dtype: torch.dtype
+) -> list[RowConfig]:
     """The configurations worth timing of "adaln forward" or "adaln backward", the chosen one first.
 
-    adds: there is y (forward) or a gate (backward). `programs` is what the registers of a multiprocessor hold.
+    adds: there is y (forward) or a gate (backward). `programs` is what a multiprocessor holds: by its registers, as
+    the static report says, and by the shared memory of the rows that are loaded ahead.
     """
     if arch == 0:  # several blocks, several programs and a rest
         return [RowConfig(2, 4, 2, 1)]
-    if kernel == "adaln forward":
-        if not modulates:
-            return [RowConfig(1, 4, 3, 6), RowConfig(1, 4, 4, 4), RowConfig(2, 8, 3, 3)]
-        return [RowConfig(1, 4, 3, 4), RowConfig(1, 4, 4, 4), RowConfig(1, 8, 3, 2), RowConfig(2, 8, 3, 2)]
+    forward = kernel == "adaln forward"
+    tensors = 1 + adds if forward else 1 + adds + 2 * modulates
+    row = tensors * triton.next_power_of_2(width) * dtype.itemsize
+    available = SHARED_MEMORY[max(known for known in SHARED_MEMORY if known <= arch)]
+
+    def config(rows: int, warps: int, stages: int, by_registers: int) -> RowConfig:
+        by_memory = available // (row * rows * (stages - 1) + 1536)  # 1 KiB that the system takes, and row sums
+        return RowConfig(rows, warps, stages, max(1, min(by_registers, by_memory)))
+
     if not modulates:
-        return [RowConfig(1, 8, 3, 4), RowConfig(1, 4, 3, 4), RowConfig(2, 8, 3, 2)]
-    if adds:
-        return [RowConfig(1, 8, 3, 1), RowConfig(1, 16, 3, 1), RowConfig(1, 8, 4, 1)]
-    return [RowConfig(1, 8, 3, 2), RowConfig(1, 8, 4, 2), RowConfig(1, 16, 3, 1)]
+        return [config(1, 4, 3, 6), config(1, 4, 4, 4), config(2, 8, 3, 3)] if forward else [
+            config(1, 8, 3, 4), config(1, 4, 3, 4), config(2, 8, 3, 2)]  # fmt: skip
+    if forward:
+        many = 3 if adds and (arch < 90 or dtype == torch.float32) else 4
+        return [config(1, 4, 3, many), config(1, 4, 4, many), config(1, 8, 3, 2), config(2, 8, 3, 2)]
+    many = 1 if adds or dtype == torch.float32 or arch >= 100 else 2
+    return [config(1, 8, 3, many), config(1, 8, 4, many), config(1, 16, 3, 1)]
 
 
 def adaln_forward(
@@ -116,16 +128,16 @@ def adaln_backward(
         FROM_RESIDUAL=residual_grad is not None, **form, num_warps=config.num_warps,
     )  # fmt: skip
     del form["RMS"]
-    adaln_bwd_sums_kernel[(triton.cdiv(width, SUM_COLUMNS),)](
+    adaln_bwd_sums_kernel[(triton.cdiv(width, SUM_COLUMNS), sums)](
         partial, scale, scale_table, weight, _channels_last(bias), shift_grad, scale_grad, gate_grad,
         *table_grads, gate_table_grad, weight_grad, bias_grad, *_vector_strides(scale), batch, programs,
-        D=width, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, **form, BIASED=bias is not None, num_warps=4,
+        D=width, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, STAGES=SUM_STAGES, **form, BIASED=bias is not None, num_warps=4,
     )  # fmt: skip
     return grads
 
 
 def _config(kernel: str, x: Tensor, **form: bool) -> RowConfig:
-    return tuning.pick(kernel, candidates(kernel, architecture(x.device), **form))
+    return tuning.pick(kernel, candidates(kernel, architecture(x.device), width=x.shape[2], dtype=x.dtype, **form))
 
 
 def _form(

@@ -144,9 +144,9 @@ def kernel_build(
     constants |= dict(WEIGHTED=weighted, BIASED=weighted, RMS=norm == "rms", ADDS=adds)
     if name == "sums":
         config, label = tuning_of_sums(), f"{adaln_launch.SUM_ROWS}x{adaln_launch.SUM_COLUMNS}"
-        constants |= dict(ROWS=adaln_launch.SUM_ROWS, COLUMNS=adaln_launch.SUM_COLUMNS)
+        constants |= dict(ROWS=adaln_launch.SUM_ROWS, COLUMNS=adaln_launch.SUM_COLUMNS, STAGES=adaln_launch.SUM_STAGES)
     else:
-        wanted = dict(adds=adds if name == "forward" else gated, modulates=modulates)
+        wanted = dict(adds=adds if name == "forward" else gated, modulates=modulates, width=width, dtype=dtype)
         config = adaln_launch.candidates(f"adaln {name}", arch, **wanted)[0]
         label = str(config)
         constants |= dict(BLOCK=triton.next_power_of_2(width), ROWS=config.rows, STAGES=config.num_stages)
@@ -183,6 +183,7 @@ def kernel_build(
         num_stages=3,
         expects=() if name == "sums" else ("LDGSTS",),
         narrow=narrow,
+        programs=None if name == "sums" else config.programs,
     )
 
 
@@ -202,9 +203,10 @@ def builds(arch: int) -> list[KernelBuild]:
 
 def tune_candidates(inputs: dict[str, Any], arch: int) -> Iterator[tuple[str, Any]]:
     """(kernel, configuration) for the form of these inputs."""
-    modulates = "scale" in inputs
+    x = inputs["x"]
+    shared = dict(modulates="scale" in inputs, width=x.shape[2], dtype=x.dtype)
     for kernel, adds in (("adaln forward", "y" in inputs), ("adaln backward", "gate" in inputs)):
-        for config in adaln_launch.candidates(kernel, arch, adds=adds, modulates=modulates):
+        for config in adaln_launch.candidates(kernel, arch, adds=adds, **shared):
             yield kernel, config
 
 

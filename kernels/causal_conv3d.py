@@ -20,9 +20,9 @@ def causal_conv3d_ref(
     ValueError if a chunk is too short to give an output frame.
     """
     kernel_t, kernel_h, kernel_w = weight.shape[2:]
-    if cache is None:
-        cache = x[:, :, :1].expand(-1, -1, kernel_t - 1, -1, -1)
-    frames = torch.cat((cache, x), dim=2) if cache.shape[2] else x
+    # Not one expanded tensor: torch.cat would then lay the result out planar, whatever x is.
+    before = (x[:, :, :1],) * (kernel_t - 1) if cache is None else (cache,)
+    frames = torch.cat((*before, x), dim=2) if before else x
     if frames.shape[2] < kernel_t:
         raise ValueError(f"a chunk of {x.shape[2]} frames is too short for a kernel of {kernel_t} frames")
     if stride == 1:

@@ -137,6 +137,7 @@ def kernel_build(
         expects=() if name == "sums" else ("LDGSTS",),
         may_spill=arch == 100,
         narrow={"forward": 2, "backward": 4, "sums": 1}[name],  # weight, bias and the sums of a program
+        programs=None if name == "sums" else config.programs,
     )
 
 

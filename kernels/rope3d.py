@@ -90,9 +90,9 @@ def rope3d(
     """q, k, v (B, N, H, D) of qkv (B, N, 3, H, D), q and k normed (with weights (D,)) and rotated; v is a view of qkv.
 
     inplace: q and k of qkv may be overwritten, and qkv must not be used afterwards. They are overwritten by the Triton
-    path, except where backward needs them (a norm), where qkv is itself what takes gradients, and where elements of it
-    share memory. Triton on CUDA, the reference elsewhere; `OSP_FAST_KERNELS` forces one. Raises ValueError on shapes,
-    devices or positions that do not fit.
+    path, except where backward needs them (a norm), where qkv is a leaf that takes gradients or a view of one (compiled
+    code decides this once, when it is traced, and sees no views), and where elements of it share memory. Triton on CUDA, the reference
+    elsewhere; `OSP_FAST_KERNELS` forces one. Raises ValueError on shapes, devices or positions that do not fit.
     """
     if constant_path(qkv.device) == "triton":
         return rope3d_triton(qkv, rope, q_weight, k_weight, eps, inplace)
@@ -113,7 +113,7 @@ def rope3d_triton(
     check_triton("rope3d", q, *_given(q_weight, k_weight))
     check_arguments(q, k, rope, q_weight, k_weight, eps)
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, *_given(q_weight, k_weight)))
-    kept = differentiated and (q_weight is not None or qkv.is_leaf)
+    kept = differentiated and (q_weight is not None or _is_of_leaf(qkv))
     inplace = inplace and not kept and _can_be_overwritten(qkv)
     arguments = (rope.axes, rope.size, rope.start, q_weight, k_weight, eps)
     if differentiated:
@@ -132,7 +132,8 @@ def rope3d_qk(
 ) -> tuple[Tensor, Tensor]:
     """`rope3d` for q and k that are tensors of their own, (B, N, H, D) each in any strides with contiguous channels.
 
-    inplace: they may be overwritten, and are by the Triton path where no gradient is wanted. Raises as `rope3d`.
+    inplace: they may be overwritten, and are by the Triton path where no gradient is wanted; q and k must then have no
+    element in common. Raises as `rope3d`.
     """
     check_arguments(q, k, rope, q_weight, k_weight, eps)
     if constant_path(q.device) != "triton":
@@ -235,6 +236,11 @@ def check_weights(
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
     return [x for x in tensors if x is not None]
+
+
+def _is_of_leaf(x: Tensor) -> bool:
+    """Whether x is a leaf or a view of one; traced code sees the former alone."""
+    return x.is_leaf if torch.compiler.is_compiling() or not x._is_view() else x._base.is_leaf
 
 
 def _can_be_overwritten(x: Tensor) -> bool:

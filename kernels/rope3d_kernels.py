@@ -28,7 +28,7 @@ def first_channels(HALF: tl.constexpr, PAIRS: tl.constexpr):
 @triton.jit
 def strided(batch, token, head, channel, batch_stride, token_stride, head_stride):
     """Offsets (ROWS, PAIRS) in a tensor (B, N, H, D) with contiguous channels."""
-    row = batch.to(tl.int64) * batch_stride + token.to(tl.int64) * token_stride + head * head_stride
+    row = batch.to(tl.int64) * batch_stride + token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
     return row[:, None] + channel[None, :]
 
 

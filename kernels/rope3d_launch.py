@@ -37,7 +37,7 @@ def candidates(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, norm: 
         return RowConfig(tile_rows_of(passes, num_warps, head_dim, dtype), num_warps, programs=programs)
 
     if kernel == "rope3d backward" and norm:
-        return [config(1, 4, 3), config(1, 4, 6), config(1, 8, 1)]
+        return [config(1, 4, 2 if arch >= 100 else 3), config(1, 4, 6), config(1, 8, 1)]
     return [config(1, 4), config(2, 4), config(1, 8), config(2, 8)]
 
 
@@ -114,7 +114,7 @@ def rope3d_backward(
 
 def walkers(blocks: int, batch: int, config: RowConfig, device: torch.device) -> int:
     """Programs of each sample where programs walk over blocks: together as many as the device holds at once."""
-    return min(blocks, triton.cdiv(config.programs * multiprocessors(device), batch))
+    return max(1, min(blocks, config.programs * multiprocessors(device) // batch))
 
 
 def with_contiguous_channels(x: Tensor | None) -> Tensor | None:

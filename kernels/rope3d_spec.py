@@ -124,6 +124,7 @@ def row_kernel_build(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         narrow=narrow,
+        programs=config.programs if "weight_sums" in signature else None,  # with sums programs walk over rows
     )
 
 

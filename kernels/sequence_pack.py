@@ -296,7 +296,7 @@ _pack.register_autograd(_pack_gradients, setup_context=_save_pack)
 
 @torch.library.custom_op("osp_fast::sequence_pack_parts", mutates_args=())
 def _pack_parts(q: Tensor | None, k: Tensor | None, v: Tensor, ranks: int) -> Tensor:
-    """Pieces of q, k, v (B, n, H, D), or of v alone, as they are. Differentiable for v alone."""
+    """Pieces of q, k, v (B, n, H, D) for one rank, or of v alone for `ranks`, as they are."""
     return pack(q, k, v, None, (0, 0, 0), 0, None, None, EPS, ranks)
 
 
@@ -317,17 +317,22 @@ def _(buffer, batch, tokens, heads, head_dim, ranks):
 
 
 def _save_parts(ctx, inputs, output) -> None:
-    ctx.sizes, ctx.ranks = inputs[2].shape, inputs[3]
+    q, _, v, ctx.ranks = inputs
+    ctx.three, ctx.sizes = q is not None, v.shape
+
+
+def _parts_gradients(ctx, grad):
+    if not ctx.three:
+        return None, None, torch.ops.osp_fast.sequence_unpack_parts(grad, *ctx.sizes, ctx.ranks), None
+    batch, tokens, heads, head_dim = ctx.sizes
+    return *_views(grad, (tokens, batch, 3, heads, head_dim)), None
 
 
 def _save_unpack(ctx, inputs, output) -> None:
     ctx.ranks = inputs[5]
 
 
-_pack_parts.register_autograd(
-    lambda ctx, grad: (None, None, torch.ops.osp_fast.sequence_unpack_parts(grad, *ctx.sizes, ctx.ranks), None),
-    setup_context=_save_parts,
-)
+_pack_parts.register_autograd(_parts_gradients, setup_context=_save_parts)
 _unpack_parts.register_autograd(
     lambda ctx, grad: (torch.ops.osp_fast.sequence_pack_parts(None, None, grad, ctx.ranks), *(None,) * 5),
     setup_context=_save_unpack,

@@ -25,7 +25,7 @@ def candidates(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, parts:
         return RowConfig(tile_rows_of(passes, num_warps, head_dim, dtype), num_warps, programs=programs)
 
     if kernel == KERNELS[1] and norm:
-        return [config(1, 4, 3), config(1, 4, 6), config(1, 8, 1)]
+        return [config(1, 4, 2 if arch >= 100 else 3), config(1, 4, 6), config(1, 8, 1)]
     few = [config(1, 4), config(1, 8), config(2, 4)]
     return few if parts == 3 else [config(2, 4), config(2, 8), *few[:2]]
 

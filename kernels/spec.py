@@ -37,6 +37,8 @@ class KernelBuild:
     aligned: names of pointers and integers that may be taken as multiples of 16, as they are when launched
     expects: instructions that the binary must hold, ("HGMMA", "UTMALDG"); the static report fails without them
     may_spill: spills are reported but no fault, as on an architecture that is compiled for and not yet tuned for
+    programs: how many a multiprocessor is to hold at once, where the launcher starts no more than fit; None: as many as
+        there are blocks
     narrow: how many instructions of the binary may touch global memory with less than 16 bytes a thread, those for
         scalars and short vectors; None: not counted
     """
@@ -53,6 +55,7 @@ class KernelBuild:
     maxnreg: int | None = None
     may_spill: bool = False
     narrow: int | None = None
+    programs: int | None = None
 
 
 Result = Tensor | tuple[Tensor, ...]

@@ -159,8 +159,9 @@ class Block(nn.Module):
         x, normed = _add_norm_modulate(x, added, (shift_f, scale_f), table[3:5], self.norm2)
         if finish:
             return gate_residual(x, gate_f, self.ff(normed), gate_table=table[5]), None
-        # The sum with the table's row is made here: the next block must not need this one's parameters.
-        return x, Pending(self.ff(normed), gate_f + table[5])
+        # The sum with the table's row is made here, in float32 as in the operation: the next block must not need this
+        # one's parameters.
+        return x, Pending(self.ff(normed), gate_f + table[5].to(torch.promote_types(x.dtype, torch.float32)))
 
 
 def _add_norm_modulate(
@@ -279,7 +280,7 @@ class DiT(PretrainedModel):
         size = tuple(length // p for length, p in zip(latents.shape[2:], patch, strict=True))
         if any(length % p for length, p in zip(latents.shape[2:], patch, strict=True)):
             raise ValueError(f"latents of (T, H, W) = {tuple(latents.shape[2:])} do not divide into patches of {patch}")
-        x = self.patch_embed(latents).flatten(2).transpose(1, 2)
+        x = self.patch_embed(latents).flatten(2).transpose(1, 2).contiguous()
         embedded, time = self.time_embed(timestep)
         text = self.text_embed(text)
         scales = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from osp_fast.kernels import adaln_spec
+from osp_fast.kernels import adaln_kernels, adaln_spec
 from osp_fast.kernels.adaln import (
     adaln_triton,
     gate_residual,
@@ -118,11 +118,24 @@ def test_bytes_are_those_of_the_spec(form, options, count_traffic, monkeypatch):
     assert moved.loaded + moved.stored - 2 * sums - again == adaln_spec.moved_bytes("backward", **sizes, element=4)
 
 
-def test_nothing_to_do():
-    x, vectors = torch.randn(2, 0, 8, requires_grad=True), torch.randn(3, 2, 8, requires_grad=True)
-    residual, modulated = adaln_triton(x, y=x, gate=vectors[0], shift=vectors[1], scale=vectors[2], eps=1e-6)
-    assert residual.shape == modulated.shape == (2, 0, 8)
-    assert not torch.autograd.grad(modulated.sum() + residual.sum(), vectors)[0].any()
+@pytest.mark.parametrize("shape", [(2, 0, 8), (0, 3, 8)])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("of", ["residual", "modulated", "both"])
+def test_nothing_to_do(shape, gated, of):
+    x, y = (torch.randn(shape, requires_grad=True) for _ in range(2))
+    gate, shift, scale = torch.randn(3, shape[0], 8, requires_grad=True).unbind(0)
+    outs = adaln_triton(x, y=y, gate=gate if gated else None, shift=shift, scale=scale, eps=1e-6)
+    assert [out.shape for out in outs] == [shape, shape]
+    total = {"residual": outs[0].sum(), "modulated": outs[1].sum(), "both": outs[0].sum() + outs[1].sum()}[of]
+    leaves = [x, y, *([gate] if gated else [])]
+    grads = torch.autograd.grad(total, leaves)
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+    assert not any(grad.any() for grad in grads[2:])
+
+
+def test_kernels_have_no_atomics():
+    """Which alone makes the sums of vectors' gradients the same bits each time: an interpreter has one thread."""
+    assert "atomic" not in Path(adaln_kernels.__file__).read_text()
 
 
 def test_path_is_chosen_by_the_environment(monkeypatch, count_traffic):

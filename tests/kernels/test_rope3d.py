@@ -138,7 +138,9 @@ def test_kernels_against_float64(batch, size, cut, heads, head_dim, norm, layout
     leaf, fresh = (laid_out(shape, layout, dtype, 0) for _ in range(2))
     norms = weights(head_dim) if norm else []
     leaf64, *norms64 = doubles(leaf.requires_grad_(), *norms)
-    found = rope3d_triton(leaf.view_as(leaf), rope, *norms, inplace=inplace)
+    # What a product has made, in the leaf's layout: a leaf itself would be spared.
+    product = torch.empty_strided(leaf.shape, leaf.stride(), dtype=dtype).copy_(leaf)
+    found = rope3d_triton(product, rope, *norms, inplace=inplace)
     expected = rope3d_ref(leaf64, rope, *norms64)
     forward, backward = SPEC.tolerances[dtype]
     for a, b in zip(found, expected, strict=True):
@@ -186,10 +188,12 @@ def test_in_place_overwrites_q_and_k_alone():
     assert torch.equal(q_in, q) and torch.equal(k_in, k) and torch.equal(v_in, before[:, :, 2])
 
 
-@pytest.mark.parametrize("case", ["leaf", "norm", "expanded"])
+@pytest.mark.parametrize("case", ["leaf", "view of a leaf", "norm", "expanded"])
 def test_in_place_spares_what_is_needed(case):
     rope = make_rope3d((2, 2, 3), 24)
-    qkv = torch.randn(2, 12, 3, 2, 24, requires_grad=case == "leaf")
+    qkv = torch.randn(2, 12, 3 * 2 * 24, requires_grad="leaf" in case).view(2, 12, 3, 2, 24)
+    if case == "leaf":
+        qkv = qkv.detach().requires_grad_()
     if case == "expanded":
         qkv = qkv[:1].expand(2, -1, -1, -1, -1)
     norms = [torch.ones(24, requires_grad=True) for _ in range(2)] if case == "norm" else []
@@ -213,6 +217,17 @@ def test_gradients_of_some_results_and_expanded_ones():
     for pick in (lambda out: out[0].sum(), lambda out: out[2].sum(), lambda out: out[0].square().sum() + out[1].sum()):
         found = torch.autograd.grad(pick(rope3d_triton(leaf * 1, rope, inplace=True)), leaf)[0]
         assert torch.allclose(found, torch.autograd.grad(pick(rope3d_ref(leaf, rope)), leaf)[0], atol=1e-5)
+
+
+def test_heads_far_apart():
+    """The stride of heads is multiplied in 64 bits: here the third is beyond 2^31 elements."""
+    q, k = torch.empty(2, 3 << 30, dtype=torch.float16)  # memory that is reserved, and hardly touched
+    q, k = (x.as_strided((1, 4, 3, 24), (0, 24, 1 << 30, 1)).copy_(torch.randn(1, 4, 3, 24)) for x in (q, k))
+    rope = make_rope3d((1, 2, 2), 24)
+    expected = rope3d_qk_ref(q, k, rope)
+    arguments = (rope.axes, rope.size, 0, None, None, 1e-6)
+    found = torch.ops.osp_fast.rope3d(q, k, *arguments)
+    assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(found, expected, strict=True))
 
 
 def test_nothing_to_rotate():

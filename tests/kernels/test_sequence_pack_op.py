@@ -53,6 +53,21 @@ def test_opcheck_of_parts():
     torch.library.opcheck(operations.sequence_unpack_parts.default, (buffer, *x.shape, 3))
 
 
+def test_what_is_received_can_be_differentiated_twice():
+    layout = SequenceLayout(1, 0, 4, HEADS, HEAD_DIM, 2)
+
+    def second(buffer):
+        q, k, v = received_qkv(buffer, layout)
+        gradient = torch.autograd.grad((q.pow(3) + k.pow(2) * v).sum(), buffer, create_graph=True)[0]
+        return torch.autograd.grad(gradient.pow(2).sum(), buffer)[0]
+
+    buffer = torch.randn(2 * 4 * 3 * HEADS * HEAD_DIM, requires_grad=True)
+    found = second(buffer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OSP_FAST_KERNELS", "reference")
+        assert torch.allclose(found, second(buffer), rtol=1e-5, atol=1e-5)
+
+
 def attend(qkv, rope):
     """All of it for a single rank, which exchanges nothing with others."""
     layout = SequenceLayout(1, 0, qkv.shape[1], HEADS, HEAD_DIM, qkv.shape[0])

@@ -70,6 +70,16 @@ def test_under_autocast_the_residual_stream_has_16_bits(dit, io):
     assert relative(output, io["output"]) < 1e-2
 
 
+def test_checkpointing_changes_no_bit_of_16_bit_models(dit, io):
+    dit.bfloat16()
+    outputs = []
+    for checkpointing in (False, True):
+        dit.gradient_checkpointing = checkpointing
+        latents = io["latents"].bfloat16().requires_grad_()
+        outputs.append(dit(latents, io["timestep"], io["text"].bfloat16(), io["text_mask"], io["latent_mask"]))
+    assert outputs[0].dtype == torch.bfloat16 and torch.equal(*outputs)
+
+
 def test_without_latent_mask_equals_all_real(dit, io):
     with torch.no_grad():
         masked = run(dit, io, io["latents"])

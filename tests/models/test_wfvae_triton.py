@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from osp_fast.kernels import channel_norm_launch
+from osp_fast.kernels.channel_norm_launch import pixel_rows
 from safetensors.torch import load_file
 
 from osp_fast.models.wfvae import WFVAE
@@ -46,6 +48,26 @@ def test_golden_decode_channels_last(io):
         if isinstance(module, torch.nn.Conv2d):
             module.to(memory_format=torch.channels_last)
     assert relative(vae.decode(io["mean"]), io["reconstruction"]) < 1e-5
+
+
+def test_activations_stay_channels_last(vae, io, monkeypatch):
+    """As on a GPU, where a convolution's result is channels-last if its input is: no norm has to copy."""
+    copied = []
+    monkeypatch.setattr(torch.nn.functional, "conv3d", channels_last(torch.nn.functional.conv3d))
+    monkeypatch.setattr(torch.nn.functional, "conv2d", channels_last(torch.nn.functional.conv2d))
+    monkeypatch.setattr(channel_norm_launch, "pixel_rows", lambda x: copied.append(x.stride(1) != 1) or pixel_rows(x))
+    vae.decode(vae.encode(io["video"][:, :, :5, :16, :16]).mean)
+    assert len(copied) == 40 and not any(copied)
+
+
+def channels_last(function):
+    """A convolution that follows its input's layout."""
+
+    def follow(x, *arguments, **options):
+        out = function(x, *arguments, **options)
+        return out.movedim(1, -1).contiguous().movedim(-1, 1) if x.stride(1) == 1 else out
+
+    return follow
 
 
 def test_in_chunks(vae, io):
