@@ -5,7 +5,8 @@ import json
 import pytest
 import triton
 
-from bench.static import row_faults
+from bench.build import empty_row
+from bench.static import resident, row_faults
 
 ROW_KEYS = ["op", "kernel", "arch", "config", "registers", "spills", "shared", "instructions"]
 
@@ -108,6 +109,16 @@ def test_more_memory_than_a_block_has_fails(faulty):
     row = {**rows[4], "arch": "sm_100", "tensor_memory": 624}  # as many columns as the compiler made a trap for
     (fault,) = row_faults(row)
     assert fault.endswith("624 columns of tensor memory, there are 512")
+
+
+def test_programs_that_do_not_fit_fail(toy):
+    """By registers (133 are given as 136 to each thread: three blocks of four warps) and by shared memory."""
+    row = {**empty_row("toy", toy.pointer_build(90, ())), "registers": 133, "warps": 4, "shared": 1000, "spills": 0}
+    row |= {"tensor_memory": 0, "missing": []}
+    assert resident(row) == 3 and not row_faults({**row, "programs": 3}) and not row_faults(row)
+    (fault,) = row_faults({**row, "programs": 4})
+    assert fault.endswith("a multiprocessor holds 3 programs, 4 are started")
+    assert resident({**row, "shared": 100 << 10}) == 2 and resident({**row, "shared": 100 << 10, "arch": "sm_80"}) == 1
 
 
 def test_narrow_accesses_fail_where_they_are_counted(bench, tmp_path):
