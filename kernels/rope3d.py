@@ -91,8 +91,9 @@ def rope3d(
 
     inplace: q and k of qkv may be overwritten, and qkv must not be used afterwards. They are overwritten by the Triton
     path, except where backward needs them (a norm), where qkv is a leaf that takes gradients or a view of one (compiled
-    code decides this once, when it is traced, and sees no views), and where elements of it share memory. Triton on CUDA, the reference
-    elsewhere; `OSP_FAST_KERNELS` forces one. Raises ValueError on shapes, devices or positions that do not fit.
+    code decides this once, when it is traced, and sees no views), and where elements of it share memory.
+    Triton on CUDA, the reference elsewhere; `OSP_FAST_KERNELS` forces one. Raises ValueError on shapes, devices or
+    positions that do not fit.
     """
     if constant_path(qkv.device) == "triton":
         return rope3d_triton(qkv, rope, q_weight, k_weight, eps, inplace)

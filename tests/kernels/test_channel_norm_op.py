@@ -62,7 +62,7 @@ def test_compiles_without_breaks_and_once_for_all_sizes(monkeypatch):
 
 
 def test_compiles_with_aot_autograd_to_the_reference(monkeypatch):
-    x, weight, bias = inputs = list(small().values())[:3]
+    inputs = list(small().values())[:3]
     monkeypatch.setenv("OSP_FAST_KERNELS", "reference")
     expected = block(*inputs)
     expected = [expected, *torch.autograd.grad(expected.square().sum(), inputs)]
