@@ -10,7 +10,7 @@ frames or samples. Anything else is copied to channels-last memory first, which 
 Bytes: forward 2 B C T H W elements, x and out; backward 3 B C T H W, the gradient of out, x and the gradient of x.
 Beside them weight and bias, and backward two float32 sums of C channels per program, written and read once. About 10
 FLOPs an element forward, 25 backward, SiLU included: memory binds. Gradients of weight and bias are summed without
-atomics, in an order that depends on sizes and on the GPU alone.
+atomics, in an order that depends on sizes and on the GPU alone. They cannot be differentiated again: that raises.
 
 Source: Ba, Kiros and Hinton, "Layer Normalization" (2016), with its backward formula. The kernels are in
 `channel_norm_kernels.py`, launched by `channel_norm_launch.py`; shapes, tolerances and predicted times in

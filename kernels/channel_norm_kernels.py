@@ -16,6 +16,14 @@ def _vector(vector, channels, inside):
 
 
 @triton.jit
+def _places(rows, channels, PIXEL: tl.constexpr, ROWS: tl.constexpr):
+    """Where the values of a block lie behind its first; int64 only for pixels so far apart that it takes that."""
+    if ROWS * PIXEL > 2**31 - 1:
+        rows = rows.to(tl.int64)
+    return rows[:, None] * PIXEL + channels[None, :]
+
+
+@triton.jit
 def _load_block(base, first, places, wanted, PIXEL: tl.constexpr):
     return tl.load(base + first * PIXEL + places, mask=wanted, other=0.0).to(tl.float32)
 
@@ -55,8 +63,8 @@ def channel_norm_fwd_kernel(
     rows, channels = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     inside = channels < C
     weight_row, bias_row = _vector(weight, channels, inside), _vector(bias, channels, inside)
-    x_places = rows[:, None] * PIXEL + channels[None, :]
-    places = rows[:, None] * C + channels[None, :]
+    x_places = _places(rows, channels, PIXEL, ROWS)
+    places = _places(rows, channels, C, ROWS)
     step = tl.full([], ROWS, tl.int64)
     for block in tl.range(tl.program_id(0), tl.cdiv(pixels, ROWS), tl.num_programs(0), num_stages=STAGES):
         first = block * step
@@ -87,9 +95,9 @@ def channel_norm_bwd_kernel(
     rows, channels = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     inside = channels < C
     weight_row, bias_row = _vector(weight, channels, inside), _vector(bias, channels, inside)
-    grad_places = rows[:, None] * GRAD_PIXEL + channels[None, :]
-    x_places = rows[:, None] * PIXEL + channels[None, :]
-    places = rows[:, None] * C + channels[None, :]
+    grad_places = _places(rows, channels, GRAD_PIXEL, ROWS)
+    x_places = _places(rows, channels, PIXEL, ROWS)
+    places = _places(rows, channels, C, ROWS)
     # Sums over pixels stay blocks; their rows are added up once, at the end.
     weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)

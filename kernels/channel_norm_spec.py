@@ -5,7 +5,9 @@ issues 128 lane instructions a clock. Forward moves 4 bytes an element in 0.31 c
 channels with SiLU take 18 (320 channels, padded to 512, take 28), two of them on the special-function units, which are
 16 lanes wide: 0.13 clocks. Backward moves 6 bytes in 0.46 clocks: 59 fit, 34 are needed (52 of 320 channels). So memory
 binds, and what is lost are starts, ends and the means, where only prefetched loads keep the memory busy: 92 % of the
-copy rate forward; 85 % backward, where fewer programs fit a multiprocessor. Each launch costs 5 us.
+copy rate forward; 85 % backward, where fewer programs fit a multiprocessor. Each launch costs 5 us. Left out of
+`bytes` and so of the prediction: the two float32 sums of C channels that each program of backward writes and the small
+sum reads, 16 C bytes a program.
 """
 
 from collections.abc import Callable, Iterator
@@ -135,10 +137,24 @@ def kernel_build(
         num_warps=config.num_warps,
         num_stages=3,
         expects=() if name == "sums" else ("LDGSTS",),
-        may_spill=arch == 100,
-        narrow={"forward": 2, "backward": 4, "sums": 1}[name],  # weight, bias and the sums of a program
+        may_spill=arch == 100 and name == "backward" and channels == 24,  # two instructions, by Triton 3.7.1
+        narrow=_narrow(name, channels, dtype.itemsize, 32 * config.num_warps),
         programs=None if name == "sums" else config.programs,
     )
+
+
+def _narrow(name: str, channels: int, element: int, threads: int) -> int:
+    """Accesses of less than 16 bytes a thread, all of them to vectors of C channels, once in a program.
+
+    Forward and backward load weight and bias; backward stores two float32 sums. A vector is spread over all threads, so
+    that each has its share of the padded channels, at least one. Vectors with fewer channels than threads are loaded as
+    the pixels are, 16 bytes a thread. The small sum stores one vector, a channel a thread.
+    """
+    if name == "sums":
+        return 1
+    share = triton.next_power_of_2(channels) // threads
+    loads = 2 * (0 < share * element < 16)
+    return loads + 2 * (name == "backward" and 4 * max(1, share) < 16)
 
 
 # (type, channels, width, SiLU): those of the released VAE, of the tiny one, and the other types once.

@@ -160,6 +160,27 @@ def test_frames_as_images_are_read_in_place():
         assert launch.pixel_rows(tensor).data_ptr() == x.data_ptr()
 
 
+@pytest.mark.parametrize("rows", [4, 64])
+def test_pixels_beyond_2_to_the_31_elements(rows):
+    """Pixels of x and of the gradient far apart, in later blocks and within one; memory between is not touched."""
+    apart = 2**26
+    memory = torch.empty(39 * apart + 16, dtype=torch.float16)
+    x, out_grad = (memory.as_strided((1, 8, 5, 2, 4), (0, 1, 8 * apart, 4 * apart, apart), at) for at in (0, 8))
+    x.copy_(torch.randn(x.shape))
+    out_grad.copy_(torch.randn(x.shape))
+    weight, bias = torch.randn(2, 8).half().unbind()
+    config = RowConfig(rows, 4, 2, 1)
+    with tuning.forced("channel_norm forward", config), tuning.forced("channel_norm backward", config):
+        out = channel_norm_triton(x, weight, bias, EPS, True)
+        grads = torch.ops.osp_fast.channel_norm_backward(out_grad, x, weight, bias, EPS, True)
+    wide = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
+    expected = channel_norm_ref(*wide, EPS, True)
+    forward, gradient = SPEC.tolerances[torch.float16]
+    assert relative(out, expected) < forward
+    for a, b in zip(grads, torch.autograd.grad(expected, wide, out_grad.double()), strict=True):
+        assert relative(a, b) < gradient
+
+
 def test_a_sample_that_starts_beyond_2_to_the_31_elements():
     """Both samples and their results lie in memory that is reserved and never touched in between."""
     apart = 2**31 + 64
