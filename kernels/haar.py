@@ -286,14 +286,18 @@ def _(bands, low, mode, dtype, scale, offset):
 
 def _save_for_synthesis(ctx, inputs, output) -> None:
     pixels, mode, _, scale, _, _, ctx.with_low = inputs
+    ctx.set_materialize_grads(False)  # zeros for bands or low that nobody uses would be written and read
     ctx.options = (mode, pixels.dtype, scale, 0.0)
 
 
 def _analysis_gradients(ctx, bands_grad, low_grad):
     low_grad = low_grad if ctx.with_low else None
-    if bands_grad is None:
+    if bands_grad is None and low_grad is None:
+        return (None,) * 7
+    if bands_grad is None:  # one zero stands for all of them
         batch, colours, *sizes = low_grad.shape
-        bands_grad = low_grad.new_zeros((batch, colours * (4 if ctx.options[0] == "frames" else 8), *sizes))
+        count = 4 if ctx.options[0] == "frames" else 8
+        bands_grad = low_grad.new_zeros(()).expand(batch, colours * count, *sizes)
     return torch.ops.osp_fast.haar_synthesis(bands_grad, low_grad, *ctx.options), *(None,) * 6
 
 

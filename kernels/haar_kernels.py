@@ -242,13 +242,13 @@ def haar_analysis_kernel(
 
 
 @triton.jit
-def _to_pixels(x, scale, offset, DTYPE: tl.constexpr):
+def _to_pixels(x, scale, offset, dtype: tl.constexpr):
     """scale x + offset; clamped and rounded to nearest, ties to even, where pixels are uint8."""
     x = x * scale + offset
-    if DTYPE == tl.uint8:
+    if dtype == tl.uint8:
         x = tl.minimum(tl.maximum(x, 0.0), 255.0) + ROUND
         return x.to(tl.int32, bitcast=True).to(tl.uint8)
-    return x.to(DTYPE)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -310,7 +310,7 @@ def haar_synthesis_kernel(
     out = pixels + batch * pixel_batch + colour * pixel_colour + 2 * rows.to(tl.int64) * pixel_row
     if WITH_LOW:
         low += batch * low_batch + colour * low_colour + t * low_frame
-        low += rows.to(tl.int64) * low_row + columns * low_column
+        low += rows.to(tl.int64) * low_row + columns.to(tl.int64) * low_column
     if PACKED:
         position = ((batch * frames + t) * height + rows) * width + column
         if MODE == FRAMES:

@@ -88,7 +88,7 @@ def empty_bands(
 def empty_pixels(bands: Tensor, mode: str, dtype: torch.dtype) -> Tensor:
     """The pixels of these bands, planar, not filled."""
     batch, channels, frames, height, width = bands.shape
-    frames = {"frames": frames, "pairs": 2 * frames}.get(mode, 2 * frames - 1)
+    frames = {"frames": frames, "pairs": 2 * frames}.get(mode, max(0, 2 * frames - 1))
     shape = (batch, channels // (4 if mode == "frames" else 8), frames, 2 * height, 2 * width)
     return bands.new_empty(shape, dtype=dtype)
 

@@ -145,6 +145,7 @@ TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 MODES = {"haar3d": "repeat", "haar2d": "frames", "inverse_haar3d": "zero", "inverse_haar2d": "frames"}
 LAYOUTS = ("planar", "interleaved", "strided")  # by number
 INTEGERS = ("colours", "frames", "height")  # not specialised
+SPILLING = ("inverse_haar3d", torch.uint8, torch.bfloat16, False)  # on sm_100 four instructions, by Triton 3.6.0
 
 
 def kernel_build(
@@ -190,7 +191,7 @@ def kernel_build(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=haar_launch.registers(packed, layout).get("maxnreg"),
-        may_spill=arch == 100 and inverse and pixels == torch.uint8,  # four instructions, by Triton 3.6.0
+        may_spill=arch == 100 and (transform, pixels, bands, low) == SPILLING,
         narrow=_narrow(mode, pixels, bands, low, layout, packed),
     )
 

@@ -1,5 +1,7 @@
 """Haar wavelets: references against the definition, the Triton kernels against float64, and chunk by chunk."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,6 +174,44 @@ def test_uint8_pixels(mode, layout):
         found = haar_triton(x, mode, normalize=normalize)
         assert found.dtype == torch.float32
         assert relative(found, reference(mode, False)(x, normalize=normalize, dtype=torch.float64)) < 1e-6
+
+
+def test_float32_frames_of_a_decoder_are_loaded_one_value_at_a_time():
+    """Three vectors of eight would be 96 bytes a thread."""
+    x = torch.randn(1, 1, 4, 24, 3).permute(0, 4, 1, 2, 3)
+    assert pixel_layout(x, packed=True) == STRIDED
+    assert relative(haar3d(x), haar3d_ref(x.double())) < 1e-6
+
+
+def far_apart(sizes, dim, dtype):
+    """Random values whose last index along dim is 2^31 elements from the first; memory between is not touched."""
+    strides = [1, 1, 1, 1, 1]
+    rest = [i for i in (4, 3, 2, 1, 0) if i != dim]
+    for after, i in itertools.pairwise(rest):
+        strides[i] = strides[after] * sizes[after]
+    strides[dim] = -(-(2**31) // (sizes[dim] - 1))
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    x = torch.empty(extent, dtype=dtype).as_strided(sizes, strides)
+    return x.copy_(torch.randint(0, 256, sizes) if dtype == torch.uint8 else torch.randn(sizes))
+
+
+@pytest.mark.parametrize("dim", range(5))
+@pytest.mark.parametrize("packed", [True, False])
+def test_analysis_of_pixels_beyond_2_to_the_31_elements(dim, packed):
+    x = far_apart((2, 3, 4, 12, 6), dim, torch.uint8)
+    found = haar3d(x, first_chunk=False, channels_last=packed)
+    assert relative(found, haar3d_ref(x, first_chunk=False)) < 1e-6
+
+
+@pytest.mark.parametrize("dim", range(5))
+@pytest.mark.parametrize("far", ["bands", "low"])
+def test_synthesis_of_bands_beyond_2_to_the_31_elements(dim, far):
+    sizes = (2, 24, 2, 6, 3)
+    bands = far_apart(sizes, dim, torch.float16) if far == "bands" else torch.randn(sizes).half()
+    sizes = (2, 3, 2, 6, 3)
+    low = far_apart(sizes, dim, torch.float16) if far == "low" else torch.randn(sizes).half()
+    found = inverse_haar_triton(bands, "pairs", torch.float32, low)
+    assert relative(found, inverse_haar3d_ref(bands, False, torch.float32, low)) < 1e-6
 
 
 def test_float16_frames_of_a_decoder():
