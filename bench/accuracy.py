@@ -73,10 +73,15 @@ def largest_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 
 
 def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same values, floating-point tensors as float64 leaves of their own; integers stay as they are."""
-    return {
-        name: x.detach().double().requires_grad_(x.requires_grad)
-        if isinstance(x, Tensor) and x.is_floating_point()
-        else x
-        for name, x in inputs.items()
-    }
+    """The same values, floating-point tensors as float64 leaves of their own; integers stay as they are.
+
+    So do dtypes among them, which say what the results are to be: floating ones become float64, or a reference would
+    round its results to them; integers stay, as a result in integers is compared as it is.
+    """
+    return {name: _in_float64(x) for name, x in inputs.items()}
+
+
+def _in_float64(x: Any) -> Any:
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.detach().double().requires_grad_(x.requires_grad)
+    return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x

@@ -10,8 +10,16 @@ from typing import Any
 
 import torch
 from osp_fast.kernels.spec import DIRECTIONS, OpSpec, Result, Shape
+from torch import Tensor
 
-from bench.accuracy import gradient_leaves, largest_error, named
+from bench.accuracy import (
+    draw_cotangents,
+    gradient_leaves,
+    largest_error,
+    named,
+    relative_error,
+    with_gradients,
+)
 from bench.baselines import Baseline, Unavailable, baselines_of, function_baseline
 from bench.measure import (
     Timer,
@@ -39,7 +47,7 @@ from osp_fast.seeding import stable_seed
 
 NOT_PREDICTED = {"predicted": None, "predicted_rate": None}
 DTYPE = torch.bfloat16  # specs count bytes for it
-BASELINE_TOLERANCE = 0.05  # of a baseline's result against ours; bench verify is the check of ours
+BASELINE_TOLERANCE = 0.05  # of a baseline's results and gradients against ours; bench verify is the check of ours
 REASON_LENGTH = 200
 
 
@@ -92,11 +100,12 @@ def measure_shape(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row per implementation and direction, ours first. What cannot run has a reason instead of figures.
 
-    An operation none of whose inputs takes a gradient has no backward.
+    An operation none of whose inputs takes a gradient has no backward. Before an implementation is timed, its results
+    for the first set of inputs are held against ours, and its gradients of those leaves that are inputs of ours.
     """
     sets = make_input_sets(spec, shape, device)
     directions = DIRECTIONS if gradient_leaves(sets[0]) else ("forward",)
-    expected = None
+    expected = cotangents = gradients = None
     ours = function_baseline(OURS, spec.operation)
     variants = (function_baseline(f"{OURS} {name}", function, VARIANT) for name, function in spec.variants.items())
     # Variants are unproven: last, so that one that breaks the device takes no baseline with it.
@@ -110,6 +119,10 @@ def measure_shape(
                     if direction == "forward":
                         result = _checked_result(implementation, bound[0][0], sets[0], expected)
                         expected = result if implementation.name == OURS else expected
+                    elif implementation.name == OURS:
+                        cotangents, gradients = _gradients_of_ours(spec, shape, sets[0], device)
+                    elif gradients is not None:
+                        _check_gradients(implementation, *bound[0], sets[0], cotangents, gradients)
                     seconds, spread = timer(direction_calls(bound, direction))
             except Exception as error:  # whatever a library raises is the reason why it was not measured
                 reason = reason_of(error)
@@ -120,6 +133,7 @@ def measure_shape(
             row |= _predicted(spec, shape, direction, limits) if implementation is ours else NOT_PREDICTED
             yield row if seconds is not None else row | {"unavailable": reason}
     sets.clear()
+    expected = cotangents = gradients = None
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -194,10 +208,46 @@ def _checked_result(
         shapes, wanted_shapes = ([tuple(x.shape) for x in results.values()] for results in (found, wanted))
         if shapes != wanted_shapes:
             raise Unavailable(f"its results have shapes {shapes}, ours have {wanted_shapes}")
+        types, wanted_types = ([str(x.dtype) for x in results.values()] for results in (found, wanted))
+        if types != wanted_types:
+            raise Unavailable(f"its results have types {types}, ours have {wanted_types}")
         error = largest_error(found, wanted)
         if not error <= BASELINE_TOLERANCE:
             raise Unavailable(f"its result differs from ours by {error:.1e}")
     return result
+
+
+def _gradients_of_ours(
+    spec: OpSpec, shape: Shape, inputs: dict[str, Any], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(random gradients of the results, the gradients of the inputs that follow): what baselines are held against."""
+    result = spec.operation(**inputs)
+    seed = stable_seed("bench run cotangent", spec.name, shape.name)
+    cotangents = draw_cotangents(result, torch.Generator(device).manual_seed(seed))
+    found = with_gradients(result, inputs, cotangents)
+    return cotangents, {name: found[f"d{name}"] for name in gradient_leaves(inputs)}
+
+
+def _check_gradients(
+    implementation: Baseline,
+    call: Callable[[], Result],
+    leaves: Sequence[Tensor],
+    inputs: dict[str, Any],
+    cotangents: dict[str, Tensor],
+    expected: dict[str, Tensor],
+) -> None:
+    """Raises Unavailable if a gradient of a leaf that is an input of ours is not what was expected.
+
+    Other leaves, gathered beforehand or made of several inputs, have gradients that ours do not have.
+    """
+    shared = {name: x for name, x in gradient_leaves(inputs).items() if any(x is leaf for leaf in leaves)}
+    if not shared:
+        return
+    found = with_gradients(implementation.restore(call(), inputs), shared, cotangents)
+    for name in shared:
+        error = relative_error(found[f"d{name}"], expected[name])
+        if not error <= BASELINE_TOLERANCE:
+            raise Unavailable(f"its gradient of {name} differs from ours by {error:.1e}")
 
 
 def _rates(

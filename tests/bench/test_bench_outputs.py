@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from osp_fast.kernels import haar_spec
 
 from bench import run, verify
 from bench.accuracy import differentiable, draw_cotangents, in_float64, largest_error, named, results
-from bench.baselines import Baseline
+from bench.baselines import Baseline, eager_reference
 from bench.measure import direction_calls
 from bench.results import AS_WRITTEN
 
@@ -61,6 +62,15 @@ def test_float64_leaves_integers_alone():
     assert found["pixels"].dtype == torch.uint8 and found["x"].dtype == torch.float64 and found["silu"] is True
 
 
+def test_float64_reaches_the_dtypes_asked_for():
+    """A reference that is to return bfloat16 would round; one that is to return integers is compared as it is."""
+    found = in_float64({"dtype": torch.bfloat16, "pixels": torch.uint8})
+    assert found == {"dtype": torch.float64, "pixels": torch.uint8}
+    sizes = dict(transform="haar3d", batch=1, frames=3, height=4, width=8, pixels="same", low=True)
+    inputs = haar_spec.make_inputs(device=CPU, dtype=torch.bfloat16, seed=0, **sizes)
+    assert all(x.dtype == torch.float64 for x in haar_spec.call_ref(**in_float64(inputs)))
+
+
 def test_the_largest_error_is_that_of_any_result():
     one = torch.ones(2)
     expected = {"out0": one, "out1": one, "out2": one}
@@ -104,6 +114,7 @@ def test_all_results_of_a_baseline_are_held_against_ours(spec, monkeypatch):
         baseline("same", lambda outs: outs),
         baseline("differs", lambda outs: (*outs[:3], outs[3] * 1.1)),
         baseline("lacks one", lambda outs: outs[:3]),
+        baseline("is wider", lambda outs: (*outs[:3], outs[3].float())),
     )
     monkeypatch.setattr(run, "baselines_of", lambda op: others)
     rows = list(run.measure_shape(spec, spec.shapes[0], CPU, LIMITS, clock))
@@ -111,6 +122,25 @@ def test_all_results_of_a_baseline_are_held_against_ours(spec, monkeypatch):
     assert found["osp_fast"] is found["same"] is None
     assert found["differs"].startswith("its result differs from ours by 1.0e-01")
     assert found["lacks one"].startswith("its results have shapes")
+    assert found["is wider"].startswith("its results have types ['torch.bfloat16'")
+
+
+def test_gradients_of_a_baseline_are_held_against_ours(toy, monkeypatch):
+    def zero_gradients(inputs):
+        a, b = inputs["a"], inputs["b"]
+        return lambda: (a @ b).detach() + 0 * (a @ b), [a, b]
+
+    def own_leaves(inputs):
+        a, b = (inputs[name].detach().clone().requires_grad_() for name in "ab")
+        return lambda: (a @ b).detach() + 0 * (a @ b), [a, b]
+
+    others = [
+        Baseline(bind.__name__, AS_WRITTEN, bind, lambda out, inputs: out) for bind in (zero_gradients, own_leaves)
+    ]
+    monkeypatch.setattr(run, "baselines_of", lambda op: (*others, eager_reference(toy.SPEC.reference)))
+    rows = list(run.measure_shape(toy.SPEC, toy.SPEC.shapes[0], CPU, LIMITS, clock))
+    assert [row["seconds"] is not None for row in rows] == [True, True, True, False, True, True, True, True]
+    assert rows[3]["unavailable"] == "its gradient of a differs from ours by 1.0e+00"
 
 
 def test_backward_of_several_results_is_what_is_timed():
