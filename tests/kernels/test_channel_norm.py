@@ -125,7 +125,7 @@ def test_weights_may_be_wider_than_activations():
 @pytest.mark.parametrize("silu", [False, True])
 def test_numbers_at_the_edge_of_their_range(silu):
     """A mean far from zero, channels that are equal, results that saturate SiLU."""
-    x = torch.randn(1, 16, 1, 2, 4)
+    x = torch.randn(1, 16, 1, 2, 4, generator=torch.Generator().manual_seed(5))
     x[..., 0] += 1e4
     x[..., 1] *= 1e-12
     x[..., 2] = 7.0
@@ -134,8 +134,11 @@ def test_numbers_at_the_edge_of_their_range(silu):
     found = channel_norm_triton(x, weight, bias, EPS, silu)
     expected = channel_norm_ref(x.double(), weight.double(), bias.double(), EPS, silu)
     assert found.isfinite().all()
-    # The mean is subtracted from numbers of 1e4, where float32 is 1e-3 apart.
-    assert relative(found[..., 0], expected[..., 0]) < 1e-3 and relative(found[..., 1:], expected[..., 1:]) < 1e-5
+    assert relative(found[..., 1:], expected[..., 1:]) < 1e-5
+    # The mean of numbers of 1e4, where float32 is 2^-10 apart, is off by one such step; the result's slope is at most
+    # weight / deviation, and 1.1 times that behind SiLU.
+    slope = 1.1 * 200 / x[..., 0].double().std(1, correction=0, keepdim=True)
+    assert ((found[..., 0] - expected[..., 0]).abs() <= 2**-10 * slope).all()
 
 
 def test_gradients_do_not_vary():
