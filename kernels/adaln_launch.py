@@ -4,7 +4,7 @@ import torch
 import triton
 from osp_fast.kernels import tuning
 from osp_fast.kernels.adaln_kernels import adaln_bwd_kernel, adaln_bwd_sums_kernel, adaln_fwd_kernel
-from osp_fast.kernels.launch import architecture, multiprocessors
+from osp_fast.kernels.launch import architecture, resident_programs, with_contiguous_channels
 from osp_fast.kernels.tuning import RowConfig
 from torch import Tensor
 
@@ -68,9 +68,9 @@ def adaln_forward(
     inverses = made(modulates, (batch, tokens), torch.float32)
     if x.numel() == 0:
         return residual, modulated, means, inverses
-    x, y, gate, shift, scale = (_channels_last(tensor) for tensor in (x, y, gate, shift, scale))
+    x, y, gate, shift, scale = (with_contiguous_channels(tensor) for tensor in (x, y, gate, shift, scale))
     gate_table, shift_table, scale_table, weight, bias = (
-        _channels_last(tensor) for tensor in (gate_table, shift_table, scale_table, weight, bias)
+        with_contiguous_channels(tensor) for tensor in (gate_table, shift_table, scale_table, weight, bias)
     )
     config = _config("adaln forward", x, adds=y is not None, modulates=modulates)
     adaln_fwd_kernel[(_programs(x, config), batch)](
@@ -113,9 +113,9 @@ def adaln_backward(
     if x.numel() == 0:
         return [grad.zero_() for grad in grads]
     x_grad, y_grad, gate_grad, gate_table_grad, shift_grad, scale_grad, *table_grads, weight_grad, bias_grad = grads
-    x, y, gate, scale = (_channels_last(tensor) for tensor in (x, y, gate, scale))
-    residual_grad, modulated_grad = _channels_last(residual_grad), _channels_last(modulated_grad)
-    gate_table, scale_table, weight = (_channels_last(tensor) for tensor in (gate_table, scale_table, weight))
+    x, y, gate, scale = (with_contiguous_channels(tensor) for tensor in (x, y, gate, scale))
+    residual_grad, modulated_grad = with_contiguous_channels(residual_grad), with_contiguous_channels(modulated_grad)
+    gate_table, scale_table, weight = (with_contiguous_channels(tensor) for tensor in (gate_table, scale_table, weight))
     config = _config("adaln backward", x, adds=gate is not None, modulates=scale is not None)
     form = _form(gate, gate_table, scale, scale_table, weight, rms)
     programs = _programs(x, config)
@@ -129,7 +129,7 @@ def adaln_backward(
     )  # fmt: skip
     del form["RMS"]
     adaln_bwd_sums_kernel[(triton.cdiv(width, SUM_COLUMNS), sums)](
-        partial, scale, scale_table, weight, _channels_last(bias), shift_grad, scale_grad, gate_grad,
+        partial, scale, scale_table, weight, with_contiguous_channels(bias), shift_grad, scale_grad, gate_grad,
         *table_grads, gate_table_grad, weight_grad, bias_grad, *_vector_strides(scale), batch, programs,
         D=width, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, STAGES=SUM_STAGES, **form, BIASED=bias is not None, num_warps=4,
     )  # fmt: skip
@@ -160,14 +160,8 @@ def _form(
 
 
 def _programs(x: Tensor, config: RowConfig) -> int:
-    """Programs that share the rows of one sample, so that all samples together fill the GPU once."""
     batch, tokens, _ = x.shape
-    resident = multiprocessors(x.device) * config.programs
-    return max(1, min(resident // batch, triton.cdiv(tokens, config.rows)))
-
-
-def _channels_last(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    return resident_programs(x.device, config.programs, batch, triton.cdiv(tokens, config.rows))
 
 
 def _row_strides(*tensors: Tensor | None) -> list[int]:

@@ -16,12 +16,9 @@ import torch
 import triton
 from osp_fast.kernels import adaln, adaln_launch
 from osp_fast.kernels.adaln_kernels import adaln_bwd_kernel, adaln_bwd_sums_kernel, adaln_fwd_kernel
-from osp_fast.kernels.spec import KernelBuild, OpSpec, Shape, Tunable
+from osp_fast.kernels.spec import COPY_RATE, LAUNCH_SECONDS, REACHED, TRITON_TYPE, KernelBuild, OpSpec, Shape, Tunable
 from torch import Tensor
 
-COPY_RATE = 3.0e12  # bytes/s
-PREDICTED_FRACTION = {"forward": 0.92, "backward": 0.85}
-LAUNCH_SECONDS = 5e-6
 EPS = 1e-6
 # form -> whether it adds y, gates it, normalises and modulates
 FORMS = {
@@ -126,10 +123,9 @@ def moved_bytes(
 def predicted(direction: str, **sizes: Any) -> float:
     """Seconds on one H100 SXM; see the module's docstring."""
     launches = 1 if direction == "forward" else 2
-    return moved_bytes(direction, **sizes) / (COPY_RATE * PREDICTED_FRACTION[direction]) + launches * LAUNCH_SECONDS
+    return moved_bytes(direction, **sizes) / (COPY_RATE * REACHED[direction]) + launches * LAUNCH_SECONDS
 
 
-TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FLOAT32 = ("means", "inverses", "partial")
 KERNELS = {"forward": adaln_fwd_kernel, "backward": adaln_bwd_kernel, "sums": adaln_bwd_sums_kernel}
 

@@ -8,7 +8,7 @@ from osp_fast.kernels.channel_norm_kernels import (
     channel_norm_bwd_sums_kernel,
     channel_norm_fwd_kernel,
 )
-from osp_fast.kernels.launch import architecture, multiprocessors
+from osp_fast.kernels.launch import architecture, resident_programs
 from osp_fast.kernels.tuning import RowConfig
 from torch import Tensor
 
@@ -113,8 +113,7 @@ def _strides(batch: int, pixels: int, *tensors: Tensor) -> tuple[list[tuple[int,
 
 def _grid(x: Tensor, config: RowConfig, batch: int, pixels: int) -> tuple[int, int]:
     """Programs that share the pixels of a sample, samples: together they fill the GPU once."""
-    resident = multiprocessors(x.device) * config.programs
-    return max(1, min(resident // batch, triton.cdiv(pixels, config.rows))), batch
+    return resident_programs(x.device, config.programs, batch, triton.cdiv(pixels, config.rows)), batch
 
 
 def _blocks(config: RowConfig, channels: int, silu: bool) -> dict[str, int | bool]:

@@ -22,11 +22,8 @@ from osp_fast.kernels.channel_norm_kernels import (
     channel_norm_bwd_sums_kernel,
     channel_norm_fwd_kernel,
 )
-from osp_fast.kernels.spec import KernelBuild, OpSpec, Shape, Tunable
+from osp_fast.kernels.spec import COPY_RATE, LAUNCH_SECONDS, REACHED, TRITON_TYPE, KernelBuild, OpSpec, Shape, Tunable
 
-COPY_RATE = 3.0e12  # bytes/s
-PREDICTED_FRACTION = {"forward": 0.92, "backward": 0.85}
-LAUNCH_SECONDS = 5e-6
 EPS = 1e-6
 
 
@@ -93,10 +90,9 @@ def moved_bytes(
 def predicted(direction: str, **sizes: Any) -> float:
     """Seconds on one H100 SXM; see the module's docstring."""
     launches = 1 if direction == "forward" else 2
-    return moved_bytes(direction, **sizes) / (COPY_RATE * PREDICTED_FRACTION[direction]) + launches * LAUNCH_SECONDS
+    return moved_bytes(direction, **sizes) / (COPY_RATE * REACHED[direction]) + launches * LAUNCH_SECONDS
 
 
-TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 KERNELS = {
     "forward": channel_norm_fwd_kernel,
     "backward": channel_norm_bwd_kernel,

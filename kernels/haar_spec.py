@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from osp_fast.kernels import haar, haar_launch
 from osp_fast.kernels.haar_kernels import haar_analysis_kernel, haar_synthesis_kernel
-from osp_fast.kernels.spec import KernelBuild, OpSpec, Shape, Tunable
+from osp_fast.kernels.spec import COPY_RATE, LAUNCH_SECONDS, TRITON_TYPE, KernelBuild, OpSpec, Shape, Tunable
 from torch import Tensor
 
-COPY_BANDWIDTH = 3.0e12
 REACHED = 0.93
-LAUNCH_SECONDS = 5e-6
 OPERATIONS = {
     "haar3d": (haar.haar3d, haar.haar3d_ref),
     "haar2d": (haar.haar2d, haar.haar2d_ref),
@@ -138,10 +136,9 @@ def moved_bytes(direction: str, *, transform, batch, frames, height, width, pixe
 
 def predicted(direction: str, **sizes: Any) -> float:
     """Seconds on one H100 SXM; see the module's docstring."""
-    return moved_bytes(direction, **sizes) / (COPY_BANDWIDTH * REACHED) + LAUNCH_SECONDS
+    return moved_bytes(direction, **sizes) / (COPY_RATE * REACHED) + LAUNCH_SECONDS
 
 
-TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8"}
 MODES = {"haar3d": "repeat", "haar2d": "frames", "inverse_haar3d": "zero", "inverse_haar2d": "frames"}
 LAYOUTS = ("planar", "interleaved", "strided")  # by number
 INTEGERS = ("colours", "frames", "height")  # not specialised

@@ -57,7 +57,7 @@ constant_path = torch.compiler.assume_constant_result(selected_path)
 
 
 @torch.compiler.assume_constant_result
-def _obstacle(device: torch.device) -> str | None:
+def obstacle(device: torch.device) -> str | None:
     """Why no Triton kernel can run on `device`, or None."""
     if device.type != "cuda":
         served = interpreting() or _forced.get() == "triton"
@@ -70,9 +70,9 @@ def _obstacle(device: torch.device) -> str | None:
 def check_triton(operation: str, *tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     """Raises ValueError where Triton cannot serve these tensors: no GPU, an old one, another dtype, two devices."""
     device = tensors[0].device
-    obstacle = _obstacle(device)
-    if obstacle is not None:
-        raise ValueError(f"{operation} by Triton {obstacle}")
+    reason = obstacle(device)
+    if reason is not None:
+        raise ValueError(f"{operation} by Triton {reason}")
     for x in tensors:
         if x.device != device:
             raise ValueError(f"{operation}: all tensors must be on {device}, where the first is, not on {x.device}")
@@ -99,3 +99,13 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def resident_programs(device: torch.device, per_multiprocessor: int, batch: int, blocks: int) -> int:
+    """Programs for each of `batch` samples of `blocks` blocks that they walk over: together what the GPU holds once."""
+    return max(1, min(multiprocessors(device) * per_multiprocessor // batch, blocks))
+
+
+def with_contiguous_channels(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x itself, or a copy of it where its last dimension has gaps."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()

@@ -21,8 +21,8 @@ FLOPs: 6 for every pair of q and of k; with norm 8 more forward, 22 backward.
 from typing import NamedTuple
 
 import torch
-from osp_fast.kernels.launch import check_triton, constant_path
-from osp_fast.kernels.rope3d_launch import rope3d_backward, rope3d_forward, with_contiguous_channels
+from osp_fast.kernels.launch import check_triton, constant_path, with_contiguous_channels
+from osp_fast.kernels.rope3d_launch import rope3d_backward, rope3d_forward
 from torch import Tensor
 
 BASE = 10000.0

@@ -3,7 +3,7 @@
 import torch
 import triton
 from osp_fast.kernels import tuning
-from osp_fast.kernels.launch import architecture, current, multiprocessors
+from osp_fast.kernels.launch import architecture, current, resident_programs, with_contiguous_channels
 from osp_fast.kernels.rope3d_kernels import rope3d_bwd_kernel, rope3d_fwd_kernel
 from osp_fast.kernels.tuning import RowConfig
 from torch import Tensor
@@ -95,7 +95,7 @@ def rope3d_backward(
         return grad, grad.new_zeros((2 * norm, head_dim), dtype=torch.float32)
     config = tuning.pick(KERNELS[1], candidates(KERNELS[1], architecture(grad.device), grad.dtype, head_dim, norm))
     blocks = triton.cdiv(tokens * heads, config.rows)
-    programs = walkers(blocks, batch, config, grad.device) if norm else blocks
+    programs = resident_programs(grad.device, config.programs, batch, blocks) if norm else blocks
     sums = torch.empty((batch * programs, 2, head_dim), dtype=torch.float32, device=grad.device) if norm else None
     no_strides = (0, 0, 0)
     with current(grad.device):
@@ -110,13 +110,3 @@ def rope3d_backward(
             ROWS=config.rows, num_warps=config.num_warps,
         )  # fmt: skip
     return grad, sums.sum(0) if norm else grad.new_empty((0, head_dim), dtype=torch.float32)
-
-
-def walkers(blocks: int, batch: int, config: RowConfig, device: torch.device) -> int:
-    """Programs of each sample where programs walk over blocks: together as many as the device holds at once."""
-    return max(1, min(blocks, config.programs * multiprocessors(device) // batch))
-
-
-def with_contiguous_channels(x: Tensor | None) -> Tensor | None:
-    """x itself, or a copy of it where its last dimension has gaps."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()

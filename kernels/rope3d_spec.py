@@ -14,12 +14,9 @@ import torch
 from osp_fast.kernels import rope3d_launch
 from osp_fast.kernels.rope3d import Rope3D, make_rope3d, rope3d, rope3d_ref
 from osp_fast.kernels.rope3d_kernels import rope3d_bwd_kernel, rope3d_fwd_kernel
-from osp_fast.kernels.spec import KernelBuild, OpSpec, Shape, Tunable
+from osp_fast.kernels.spec import COPY_RATE, LAUNCH_SECONDS, REACHED, TRITON_TYPE, KernelBuild, OpSpec, Shape, Tunable
 from torch import Tensor
 
-COPY_BANDWIDTH = 3.0e12
-REACHED = {"forward": 0.92, "backward": 0.85}
-LAUNCH_SECONDS = 5e-6
 # Tokens of a clip as (latent frames, height / 16, width / 16); 93 frames are 24 latent frames.
 CLIPS = {"93x352x640": (24, 22, 40), "93x640x640": (24, 40, 40), "93x720x1280": (24, 45, 80), "29x352x640": (8, 22, 40)}
 
@@ -79,7 +76,7 @@ def moved_bytes(direction: str, *, batch, size, heads, head_dim, norm) -> float:
 def predicted(direction: str, **sizes: Any) -> float:
     """Seconds on one H100 SXM; see the module's docstring. The weights' gradients are one small reduction more."""
     launches = 2 if direction == "backward" and sizes["norm"] else 1
-    return moved_bytes(direction, **sizes) / (COPY_BANDWIDTH * REACHED[direction]) + launches * LAUNCH_SECONDS
+    return moved_bytes(direction, **sizes) / (COPY_RATE * REACHED[direction]) + launches * LAUNCH_SECONDS
 
 
 def in_place(qkv: Tensor, rope: Rope3D, **weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +84,6 @@ def in_place(qkv: Tensor, rope: Rope3D, **weights: Tensor) -> tuple[Tensor, Tens
     return rope3d(qkv.clone() if torch.is_grad_enabled() else qkv, rope, **weights, inplace=True)
 
 
-TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FLOAT32_POINTERS = ("axes", "q_weight", "k_weight", "weight_sums")
 INT_ARGUMENTS = ("batches", "tokens", "start", "frames", "height", "width", "blocks")
 

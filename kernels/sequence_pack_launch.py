@@ -3,8 +3,8 @@
 import torch
 import triton
 from osp_fast.kernels import tuning
-from osp_fast.kernels.launch import architecture, current
-from osp_fast.kernels.rope3d_launch import Size, tile_constants, tile_rows_of, walkers, with_contiguous_channels
+from osp_fast.kernels.launch import architecture, current, resident_programs, with_contiguous_channels
+from osp_fast.kernels.rope3d_launch import Size, tile_constants, tile_rows_of
 from osp_fast.kernels.sequence_pack_kernels import sequence_pack_kernel, sequence_unpack_kernel
 from osp_fast.kernels.tuning import RowConfig
 from torch import Tensor
@@ -122,7 +122,7 @@ def _unpack(
     options = candidates(KERNELS[1], architecture(buffer.device), buffer.dtype, head_dim, len(outs), norm)
     config = tuning.pick(KERNELS[1], options)
     blocks = triton.cdiv(tokens * heads, config.rows)
-    programs = walkers(blocks, batch, config, buffer.device) if norm else blocks
+    programs = resident_programs(buffer.device, config.programs, batch, blocks) if norm else blocks
     sums = None
     if norm:
         sums = torch.empty((batch * programs, 2, head_dim), dtype=torch.float32, device=buffer.device)

@@ -13,17 +13,10 @@ import torch
 from osp_fast.kernels import sequence_pack_launch
 from osp_fast.kernels.rope3d import make_rope3d
 from osp_fast.kernels.rope3d_launch import tile_constants
-from osp_fast.kernels.rope3d_spec import (
-    CLIPS,
-    COPY_BANDWIDTH,
-    LAUNCH_SECONDS,
-    NARROW_WEIGHT_SUMS,
-    REACHED,
-    row_kernel_build,
-)
+from osp_fast.kernels.rope3d_spec import CLIPS, NARROW_WEIGHT_SUMS, row_kernel_build
 from osp_fast.kernels.sequence_pack import SequenceLayout, sequence_pack, sequence_pack_ref
 from osp_fast.kernels.sequence_pack_kernels import sequence_pack_kernel, sequence_unpack_kernel
-from osp_fast.kernels.spec import KernelBuild, OpSpec, Shape, Tunable
+from osp_fast.kernels.spec import COPY_RATE, LAUNCH_SECONDS, REACHED, KernelBuild, OpSpec, Shape, Tunable
 from torch import Tensor
 
 
@@ -92,7 +85,7 @@ def moved_bytes(direction: str, *, rope, norm, **sizes) -> float:
 def predicted(direction: str, **sizes: Any) -> float:
     """Seconds on one H100 SXM; see the module's docstring. The weights' gradients are one small reduction more."""
     launches = 2 if direction == "backward" and sizes["norm"] else 1
-    return moved_bytes(direction, **sizes) / (COPY_BANDWIDTH * REACHED[direction]) + launches * LAUNCH_SECONDS
+    return moved_bytes(direction, **sizes) / (COPY_RATE * REACHED[direction]) + launches * LAUNCH_SECONDS
 
 
 def kernel_builds(

@@ -10,7 +10,7 @@ import math
 import torch
 import triton
 from osp_fast.kernels import tuning
-from osp_fast.kernels.launch import architecture, interpreting, multiprocessors
+from osp_fast.kernels.launch import DTYPES, architecture, multiprocessors, obstacle, with_contiguous_channels
 from osp_fast.kernels.skiparse_attention_backward import (
     skiparse_attention_bwd_keys_kernel,
     skiparse_attention_bwd_queries_kernel,
@@ -21,7 +21,6 @@ from osp_fast.kernels.skiparse_sets import MODE_NUMBER, count_sets, longest_set,
 from osp_fast.kernels.spec import UnsupportedCall
 from torch import Tensor
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 128
 VERSIONS = ("auto", "descriptor", "pointer", "warp_specialized")
 ROWS_BLOCK = 128  # the row vectors of the backward end on a multiple of this, so that no block needs a bound
@@ -29,10 +28,9 @@ ROWS_BLOCK = 128  # the row vectors of the backward end on a multiple of this, s
 
 def why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the Triton kernels cannot serve such tensors, in a sentence, or None if they can."""
-    if device.type != "cuda" and not interpreting():
-        return f"the Triton attention kernel needs an NVIDIA GPU, and the tensors are on {device.type}"
-    if device.type == "cuda" and architecture(device) < 80:
-        return f"the Triton attention kernel needs compute capability 8.0, and this GPU has {architecture(device) / 10}"
+    reason = obstacle(device)
+    if reason is not None:
+        return f"the Triton attention kernel {reason}"
     if dtype not in DTYPES:
         return (
             f"the Triton attention kernel takes bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
@@ -78,7 +76,7 @@ def attention_forward(
     version: str,
 ) -> tuple[Tensor, Tensor]:
     """out (B, N, H, D) and the natural log-sum-exp (B, H, S, longest set) float32, in set order; -inf for no key."""
-    q, k, v = (_channels_last(x) for x in (q, k, v))
+    q, k, v = (with_contiguous_channels(x) for x in (q, k, v))
     batch, queries, heads, head_dim = q.shape
     sets, positions = count_sets(mode, sparse_n), longest_set(queries, mode, sparse_n)
     out = torch.empty((batch, queries, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -124,7 +122,7 @@ def attention_backward(
     """Gradients of q, k, v, contiguous and in their type. Without descriptors it is always deterministic."""
     if version == "warp_specialized":
         version = "auto"  # it has no backward of its own
-    q, k, v = (_channels_last(x) for x in (q, k, v))
+    q, k, v = (with_contiguous_channels(x) for x in (q, k, v))
     out = out.contiguous()
     if not fits_descriptor(out_grad):  # a copy costs less than a backward without descriptors
         out_grad = out_grad.contiguous()
@@ -225,10 +223,6 @@ def _blocks(config: tuning.Config) -> dict:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _bytes(key_mask: Tensor | None) -> Tensor | None:

@@ -31,14 +31,13 @@ from osp_fast.kernels.skiparse_attention_forward import skiparse_attention_fwd_k
 from osp_fast.kernels.skiparse_attention_hopper import builds as hopper_builds
 from osp_fast.kernels.skiparse_attention_launch import ROWS_BLOCK, choose_version
 from osp_fast.kernels.skiparse_sets import MODE_NUMBER, count_sets, longest_set, split_head_dim
-from osp_fast.kernels.spec import KernelBuild, OpSpec, Shape, Tunable
+from osp_fast.kernels.spec import LAUNCH_SECONDS, TRITON_TYPE, KernelBuild, OpSpec, Shape, Tunable
 
 MULTIPROCESSORS = 132
 PREDICTED_RATE = {"forward": 420e12, "backward": 380e12}  # FLOP/s inside full tiles
 PREDICTED_BANDWIDTH = 2.7e12  # bytes/s of the passes beside the products
 FILL_SECONDS = 2e-6
 TAIL_SECONDS = 1.5e-6
-LAUNCH_SECONDS = 5e-6
 
 # Tokens of a clip: latent frames x (height / 16) x (width / 16); 93 frames are 24 latent frames.
 CLIPS = {"93x352x640": 21120, "93x480x640": 28800, "93x640x640": 38400, "93x720x1280": 86400}
@@ -139,7 +138,6 @@ def predicted(
     return seconds
 
 
-TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 KERNEL_FUNCTIONS = {
     "forward": skiparse_attention_fwd_kernel,
     "keys": skiparse_attention_bwd_keys_kernel,

@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_needs_a_gpu_or_the_interpreter(monkeypatch):
-    monkeypatch.setattr("osp_fast.kernels.skiparse_attention_launch.interpreting", lambda: False)
+    monkeypatch.setattr("osp_fast.kernels.launch.interpreting", lambda: False)
     x = torch.zeros(1, 8, 1, 16)
     with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
         skiparse_attention_triton(x, x, x)
