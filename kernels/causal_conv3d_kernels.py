@@ -52,8 +52,8 @@ def causal_conv3d_fwd_kernel(
     """out (B, T', H', W', C_out) dense; weight (C_out, taps, C) dense; channels of x, the cache and residual adjacent.
 
     past: frames before x: those of the cache, or as many times x's first frame. earlier and previous: the frames two
-    and one before x, in x's strides but for the batch's. All strides come divided by ALIGNED, so
-    that the compiler knows them for multiples of it.
+    and one before x, in x's strides but for the batch's. All strides come divided by ALIGNED, so that the compiler
+    knows them for multiples of it.
     """
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
     BLOCKS_K: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
@@ -63,9 +63,9 @@ def causal_conv3d_fwd_kernel(
 
     x_row, x_column = x_row * ALIGNED, x_column * ALIGNED
     residual_row, residual_column = residual_row * ALIGNED, residual_column * ALIGNED
-    x_batch, x_frame = x_batch.to(tl.int64) * ALIGNED, x_frame * ALIGNED
+    x_batch, x_frame = x_batch.to(tl.int64) * ALIGNED, x_frame.to(tl.int64) * ALIGNED
     earlier_batch, previous_batch = earlier_batch.to(tl.int64) * ALIGNED, previous_batch.to(tl.int64) * ALIGNED
-    residual_batch, residual_frame = residual_batch.to(tl.int64) * ALIGNED, residual_frame * ALIGNED
+    residual_batch, residual_frame = residual_batch.to(tl.int64) * ALIGNED, residual_frame.to(tl.int64) * ALIGNED
 
     # Programs that run together share pixels: first in output channels, then along a band of rows, then in time.
     work = tl.program_id(0)

@@ -264,12 +264,12 @@ def kernel_build(
             signature[name] = "i32"
     layer = f"{channels}->{out_channels} {kernel_t}x{kernel}x{kernel}"
     how = f"{'descriptor' if descriptors else 'pointer'}{' cached' if cached else ''}{' residual' if residual else ''}"
-    wide = dtype != torch.float32
-    expects = ({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch],) if wide else ()
+    multiplied = dtype != torch.float32 or precision == "tf32"
+    expects = ({80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch],) if multiplied else ()
     return KernelBuild(
         kernel=causal_conv3d_fwd_kernel,
         arch=arch,
-        config=f"{layer}/{steps.space} {TRITON_TYPE[dtype]} {how} {config}",
+        config=f"{layer}/{steps.space} {TRITON_TYPE[dtype]}{' tf32' if precision == 'tf32' else ''} {how} {config}",
         signature=signature,
         constants=constants,
         aligned=tuple(name for name, kind in signature.items() if kind.startswith("*")),
@@ -280,7 +280,8 @@ def kernel_build(
     )
 
 
-# Layers of the released VAE: (channels, output channels, frames and width of the kernel, stride, cached, residual, pixels)
+# Layers of the released VAE: (channels, output channels, frames and width of the kernel, stride, cached, residual,
+# pixels of a patch)
 LAYERS = (
     (128, 128, 3, 3, ONE, True, True, 256),
     (128, 128, 3, 3, ONE, False, False, 256),

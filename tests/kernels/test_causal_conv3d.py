@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from osp_fast.kernels import causal_conv3d_library as library
 from osp_fast.kernels.causal_conv3d import (
     causal_conv3d,
     causal_conv3d_ref,
@@ -86,14 +87,38 @@ def test_reference_in_chunks_equals_the_whole(stride):
     batch=st.integers(1, 2),
     cached=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16]),
+    taps=st.booleans(),
 )
-@settings(max_examples=60)
-def test_library(layer, channels, out_channels, size, batch, cached, dtype):
+@settings(max_examples=80)
+def test_library(layer, channels, out_channels, size, batch, cached, dtype, taps):
+    size = (max(size[0], steps_of(layer[1]).time), *size[1:])  # a chunk that gives a frame
     arguments = draw_layer(*layer, channels, out_channels, size, batch, cached, dtype)
-    out = causal_conv3d(**arguments, path="library")
+    with pytest.MonkeyPatch.context() as patch:
+        if taps:
+            patch.setattr(library, "PRODUCTS_PER_FRAME", 0)
+        out = causal_conv3d(**arguments, path="library")
     assert out.dtype == dtype and out.is_contiguous(memory_format=LAST)
     tolerance = 1e-12 if dtype == torch.float64 else SPEC.tolerances[dtype][0]
     assert relative(out, in_float64(arguments)) < tolerance
+
+
+@pytest.mark.parametrize("size", [(3, 4, 6), (2, 7, 5)])
+@pytest.mark.parametrize("layer", LAYERS[3:])
+def test_library_crops_what_it_does_not_pad(layer, size):
+    arguments = draw_layer(*layer, 6, 5, size)
+    arguments["residual"] = None
+    past = list(arguments.get("cache", []))
+    given = (arguments[name] for name in ("x", "weight", "bias"))
+    out = library._by_frames(*given, steps_of(layer[1]), past, crops=True)
+    assert relative(out, in_float64(arguments)) < 1e-6
+
+
+@pytest.fixture(params=["triton", "library", "taps"])
+def path(request, monkeypatch):
+    """Each path, and the library where it sums over taps, which it leaves to larger frames."""
+    if request.param == "taps":
+        monkeypatch.setattr(library, "PRODUCTS_PER_FRAME", 0)
+    return "triton" if request.param == "triton" else "library"
 
 
 # channels, output channels, (frames, rows, columns), batch, cached: in the interpreter a block is 4 x 8 pixels, 32
@@ -142,7 +167,6 @@ def test_nothing_added():
     assert relative(causal_conv3d(**arguments, path="library"), in_float64(arguments)) < 1e-6
 
 
-@pytest.mark.parametrize("path", ["triton", "library"])
 @pytest.mark.parametrize("stride, lengths", [(1, (1, 1, 2, 1, 3)), (2, (1, 2, 2, 4)), (2, (2, 1, 3, 3))])
 def test_chunks_equal_the_whole(path, stride, lengths):
     weight, bias = draw(4, 8, 3, 3, 3), draw(4)
@@ -173,7 +197,6 @@ def test_next_cache_of_nothing():
         next_cache(draw(1, 2, 1, 2, 2), draw(1, 2, 1, 2, 2), 3, 2)
 
 
-@pytest.mark.parametrize("path", ["triton", "library"])
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("cached", [False, True])
 def test_gradients(path, layer, cached):
@@ -201,7 +224,9 @@ def test_gradients(path, layer, cached):
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("past", [0, 1, 2])
-def test_library_gradcheck(stride, past):
+@pytest.mark.parametrize("products", [0, library.PRODUCTS_PER_FRAME])
+def test_library_gradcheck(stride, past, products, monkeypatch):
+    monkeypatch.setattr(library, "PRODUCTS_PER_FRAME", products)
     x = torch.randn(1, 2, 3, 4, 2).double().requires_grad_()
     weight = torch.randn(2, 2, 3, 3, 3).double().requires_grad_()
     frames = [torch.randn(1, 2, 4, 2).double().requires_grad_() for _ in range(past)]
@@ -266,3 +291,14 @@ def test_a_weight_of_images():
     for path in ("triton", "library"):
         out = causal_conv3d(x, weight, path=path)
         assert relative(out.transpose(1, 2).flatten(0, 1), expected) < 1e-6
+
+
+def test_frames_far_apart():
+    """The third frame begins beyond 2^31 elements. Memory that is not touched is not taken."""
+    far = (1 << 30) + 8
+    space = torch.empty(2 * far + 48, dtype=torch.float16)
+    x = space.as_strided((1, 8, 3, 2, 3), (0, 1, far, 24, 8)).copy_(draw(1, 8, 3, 2, 3, dtype=torch.float16))
+    weight = draw(4, 8, 1, 3, 3, dtype=torch.float16)
+    expected, _ = causal_conv3d_ref(x.double(), weight.double(), None)
+    for version in ("pointer", "descriptor"):
+        assert relative(causal_conv3d_triton(x, weight, version=version), expected) < 1e-3
