@@ -32,6 +32,33 @@ def _load_box(
     return tl.reshape(box, (BLOCK_M, BLOCK_K))
 
 
+@triton.jit
+def _load_pixels(
+    base, row, column, height, width, to_row, to_column, first_channel, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """The pixels at these rows and columns of a frame, BLOCK_K channels of each; zero outside of the frame."""
+    channel = first_channel + tl.arange(0, BLOCK_K)
+    mask = ((row >= 0) & (row < height) & (column >= 0) & (column < width))[:, None]
+    if CHANNELS % BLOCK_K:
+        mask = mask & (channel < CHANNELS)[None, :]
+    return tl.load(base + (row * to_row + column * to_column)[:, None] + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_taps(
+    base, out_channel, first_channel, TAPS: tl.constexpr, CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tap of the weights from `base` on, (BLOCK_N, BLOCK_K)."""
+    channel = first_channel + tl.arange(0, BLOCK_K)
+    mask = tl.full((BLOCK_N, BLOCK_K), True, tl.int1)
+    if CHANNELS % BLOCK_K:
+        mask = mask & (channel < CHANNELS)[None, :]
+    if OUT_CHANNELS % BLOCK_N:
+        mask = mask & (out_channel < OUT_CHANNELS)[:, None]
+    return tl.load(base + (out_channel * (TAPS * CHANNELS))[:, None] + channel[None, :], mask=mask, other=0.0)
+
+
 SIZES = ["past", "frames", "height", "width", "out_frames", "out_height", "out_width"]
 STRIDES = ["x_batch", "x_frame", "x_row", "x_column", "earlier_batch", "previous_batch"]
 STRIDES += ["residual_batch", "residual_frame", "residual_row", "residual_column"]
@@ -129,22 +156,12 @@ def causal_conv3d_fwd_kernel(
                     base = previous + sample * previous_batch
                 if source == -2:
                     base = earlier + sample * earlier_batch
-            in_row = row * STRIDE + step_h
-            in_column = column * STRIDE + step_w
-            seen = (in_row >= 0) & (in_row < height) & (in_column >= 0) & (in_column < width)
-            in_channel = channel + tl.arange(0, BLOCK_K)
-            known = in_channel < CHANNELS
-            pixel_places = base + (in_row * x_row + in_column * x_column)[:, None] + in_channel[None, :]
-            weight_places = weight + (out_channel * (TAPS * CHANNELS) + tap * CHANNELS)[:, None] + in_channel[None, :]
-            pixel_mask = seen[:, None]
-            weight_mask = tl.full((BLOCK_N, BLOCK_K), True, tl.int1)
-            if CHANNELS % BLOCK_K:
-                pixel_mask = pixel_mask & known[None, :]
-                weight_mask = weight_mask & known[None, :]
-            if OUT_CHANNELS % BLOCK_N:
-                weight_mask = weight_mask & kept[:, None]
-            pixels = tl.load(pixel_places, mask=pixel_mask, other=0.0)
-            taps = tl.load(weight_places, mask=weight_mask, other=0.0)
+            pixels = _load_pixels(
+                base, row * STRIDE + step_h, column * STRIDE + step_w, height, width, x_row, x_column, channel,
+                CHANNELS, BLOCK_K,
+            )  # fmt: skip
+            tap_weight = weight + tap * CHANNELS
+            taps = _load_taps(tap_weight, out_channel, channel, TAPS, CHANNELS, OUT_CHANNELS, BLOCK_N, BLOCK_K)
         if DESCRIPTORS:
             sums = tl.dot(taps, tl.trans(pixels), sums, input_precision=PRECISION)
         else:

@@ -6,7 +6,7 @@ Shared memory serves 80 bytes of its 128 a clock to them (2 KiB of weights and 8
 48 from TMA; L2 must give these 48 KiB a step, and at 36 bytes a clock and multiprocessor, 8.3 TB/s in all, needs 1,365
 clocks: it binds. Barriers and the wait for the products before cost 200 more. A tile fills its pipeline in 2,500 clocks
 and stores in 3,500, a residual takes 3,000; one program is on a multiprocessor, so nothing hides these. 3x3x3 with 128
-channels has 54 steps a tile, 1x3x3 only 18: hence 570 and 440 TFLOP/s. What the library serves is put at 250 TFLOP/s or
+channels has 54 steps a tile, 1x3x3 only 18: hence 570 and 460 TFLOP/s. What the library serves is put at 250 TFLOP/s or
 2.4 TB/s, copies counted; gradients, all by PyTorch, at 300 TFLOP/s or 2.4 TB/s.
 """
 
