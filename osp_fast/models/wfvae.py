@@ -184,6 +184,7 @@ def _collected(parts: Iterator[Tensor], frames: int) -> Tensor:
             whole = part.new_empty((*part.shape[:2], frames, *part.shape[3:]))
         whole[:, :, start : start + part.shape[2]] = part
         start += part.shape[2]
+        del part  # before the next one is computed
     return whole
 
 

@@ -17,12 +17,13 @@ Carry = list[Tensor]  # unfinished outputs (B, C_out, H', W') of the next chunk,
 
 def frames_of(x: Tensor) -> Tensor:
     """(B, C, T, H, W) -> images (B * T, C, H, W): a view of channels-last memory (of a part of T if B is 1)."""
-    return x.transpose(1, 2).flatten(0, 1)
+    # Flattening a single frame gives a stride by which PyTorch no longer recognises channels-last memory.
+    return x[:, :, 0] if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
 
 
 def video_of(frames: Tensor, batch: int) -> Tensor:
     """The inverse of `frames_of`, a view."""
-    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
+    return frames.unsqueeze(2) if len(frames) == batch else frames.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 def frame_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
@@ -51,29 +52,43 @@ def causal_conv3d(
     if count < 1:
         raise ValueError(f"a chunk of {frames} frames is too short for a kernel of {kernel} frames")
     if carry is None and frames == 1:  # a picture: every tap sees the same frame
-        out = frame_sum = _conv2d(x[:, :, 0], weight.sum(2), bias, stride).unsqueeze(2)
+        out = _conv2d(x[:, :, 0], weight.sum(2), bias, stride).unsqueeze(2)
     else:
-        out, frame_sum = None, None
-        for tap in reversed(range(kernel)):
-            first = (tap - before) % stride
-            start = (first - tap + before) // stride
-            part = x[:, :, first : first + stride * (count - start) : stride]
-            if out is None:  # the newest frame's tap, which every output has
-                out = frame_sum = video_of(_conv2d(frames_of(part), taps[tap], bias, stride), x.shape[0])
-            elif start < count:
-                frame_sum[:, :, start:] += video_of(_conv2d(frames_of(part), taps[tap], None, stride), x.shape[0])
-        _add_earlier(frame_sum, x, weight, stride, before, carry)
+        out = _chunk_sum(x, taps, bias, stride, before, count)
+        _add_earlier(out, x, weight, stride, before, carry)
     after = None if last else _carry(x, taps, stride, before, count, carry)
     return _inside(out, stride), after
+
+
+def _chunk_sum(
+    x: Tensor, taps: tuple[Tensor, ...], bias: Tensor | None, stride: int, before: int, count: int
+) -> Tensor:
+    """The `count` outputs of a chunk as far as its own frames contribute to them."""
+    out = None
+    for tap in reversed(range(len(taps))):  # the newest frame's first, in which every output has a part
+        frame = (tap - before) % stride
+        start = (frame - tap + before) // stride
+        part = x[:, :, frame : frame + stride * (count - start) : stride]
+        if part.shape[2]:
+            term = video_of(_conv2d(frames_of(part), taps[tap], bias if out is None else None, stride), x.shape[0])
+            # `+=` on a slice would copy the slice onto itself.
+            out = term if out is None else _add_from(out, start, term)
+    return out
+
+
+def _add_from(out: Tensor, start: int, term: Tensor) -> Tensor:
+    """Add to the frames of out from `start` on, in place."""
+    out[:, :, start:].add_(term)
+    return out
 
 
 def _add_earlier(out: Tensor, x: Tensor, weight: Tensor, stride: int, before: int, carry: Carry | None) -> None:
     """Add to `out` what frames before this chunk contribute: the carry, or the first frame repeated."""
     for index in range(min(out.shape[2], -(-before // stride))):
         if carry is None:
-            out[:, :, index] += _conv2d(x[:, :, 0], weight[:, :, : before - stride * index].sum(2), None, stride)
+            out[:, :, index].add_(_conv2d(x[:, :, 0], weight[:, :, : before - stride * index].sum(2), None, stride))
         elif index < len(carry):
-            out[:, :, index] += carry[index]
+            out[:, :, index].add_(carry[index])
 
 
 def _carry(

@@ -112,7 +112,7 @@ class Decoder(nn.Module):
         if len(low) > 1:
             start = 0
             for part in low:
-                bands[:, :COLOURS, start : start + part.shape[2]] += part
+                bands[:, :COLOURS, start : start + part.shape[2]].add_(part)
                 start += part.shape[2]
         low = inverse_haar2d(bands, torch.float32, low=low[0] if len(low) == 1 else None)
         del bands, flow

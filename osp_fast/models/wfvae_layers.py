@@ -17,7 +17,7 @@ from osp_fast.kernels.channel_norm import channel_norm
 from osp_fast.models.wfvae_conv import causal_conv3d, frame_conv, point_conv
 
 NORM_EPS = 1e-6
-SCORE_BYTES = 64 << 20  # of attention scores in float32, if no fused kernel serves; more are computed in turns
+SCORE_BYTES = 128 << 20  # of attention scores in float32, if no fused kernel serves; more are computed in turns
 Span = tuple[int, int]  # rows or columns [first, end)
 
 
@@ -160,11 +160,18 @@ class FrameAttention(nn.Module):
         q, k, v = (layer(normed).movedim(1, -1).flatten(2, 3) for layer in (self.q, self.k, self.v))
         del normed
         turns = -(-batch * frames * (rows * columns) ** 2 * 4 // SCORE_BYTES)
-        parts = [F.scaled_dot_product_attention(part, k, v) for part in q.tensor_split(turns, dim=2)]
+        parts = [_attend(part, k, v) for part in q.tensor_split(turns, dim=2)]
         attended = torch.cat(parts, dim=2) if turns > 1 else parts[0]
         out = self.proj_out(attended.unflatten(2, (rows, columns)).movedim(-1, 1))
         out += x
         return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over dimension 2 of (B, T, N, C)."""
+    if q.is_meta:  # PyTorch would trace its plain formula there; the fused kernels of real devices hold the result only
+        return torch.empty_like(q)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def stride_2_needs(rows: Span) -> Span:

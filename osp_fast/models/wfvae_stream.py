@@ -179,7 +179,10 @@ def encode_stream(encoder: Encoder, pieces: Iterable[Tensor], plan: Plan) -> Ite
         x = None
         for index in range(len(tiles)):
             x = early(tiles, index, video, last, x)
-        yield late(x, last)
+        moments = late(x, last)
+        del x, video  # nothing of this chunk is held while the next one is computed
+        yield moments
+        del moments
 
 
 def decode_stream(
@@ -198,6 +201,7 @@ def decode_stream(
             x = decoder.early(part, state)
             state.first = False
             yield x, last
+            del x
 
     def tiles_of(x: Tensor) -> _Tiles:
         axes = zip(x.shape[3:], plan.tile or (None, None), strict=True)
@@ -232,7 +236,9 @@ def decode_stream(
         for index in range(len(tiles)):
             part, place = late(tiles, index, x, last)
             video = _placed(part, place, [SPACE_STRIDE * size for size in x.shape[3:]], video, len(tiles))
+        del x, part  # nothing of this chunk is held while the next one is computed
         yield video
+        del video
 
 
 def _placed(part: Tensor, place: tuple[slice, slice], size: list[int], whole: Tensor | None, count: int) -> Tensor:
