@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import sys
 import types
 import typing
@@ -125,8 +126,9 @@ def _add_flags(parser: Any, group: type) -> None:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction  # --no-FLAG takes back what a preset sets
         else:
-            options["type"] = _converter(kind, field.metadata)
-            options["metavar"] = "|".join(field.metadata["choices"]) or kind.__name__.upper()
+            options["type"] = memory_size if field.metadata["memory"] else _converter(kind, field.metadata)
+            kind_name = "BYTES|auto" if field.metadata["memory"] else kind.__name__.upper()
+            options["metavar"] = "|".join(field.metadata["choices"]) or kind_name
             if field.metadata["many"]:
                 options["nargs"] = "+"
         parser.add_argument(f"--{field.name}", **options)
@@ -142,6 +144,17 @@ def _plain_type(annotation: Any) -> type:
 def _help(metadata: Any, default: Any) -> str:
     shown = "" if default in (None, False, []) else f" (default: {default})"
     return (metadata["help"] + shown).replace("%", "%%")
+
+
+def memory_size(text: str) -> int | None:
+    """ "4GiB", "500 MiB" or plain bytes -> bytes; "auto" -> None."""
+    if text.lower() == "auto":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory: write bytes, 500MiB, 4GiB or auto")
+    unit = 1024 if match[3] else 1000
+    return int(float(match[1]) * unit ** (" kmgt".index(match[2]) if match[2] else 0))
 
 
 def _converter(kind: type, metadata: Any) -> Callable[[str], Any]:

@@ -17,7 +17,7 @@ from osp_fast.kernels.haar import COEFFICIENT_2D, COEFFICIENT_3D
 from osp_fast.models.weights import PretrainedModel
 from osp_fast.models.wfvae_decoder import Decoder
 from osp_fast.models.wfvae_encoder import Encoder
-from osp_fast.models.wfvae_stream import SPACE_STRIDE, TIME_STRIDE, Plan, decode_stream, encode_stream
+from osp_fast.models.wfvae_stream import TIME_STRIDE, Plan, decode_stream, encode_stream
 
 LOGVAR_RANGE = (-30.0, 20.0)
 MANY = 1 << 40  # cells: more than any clip has

@@ -27,7 +27,7 @@ def video_of(frames: Tensor, batch: int) -> Tensor:
 
 
 def frame_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
-    """A 2-D convolution, weight (C_out, C, k, k), of each frame of a video: (B, C, T, H, W) -> (B, C_out, T, H', W')."""
+    """A 2-D convolution, weight (C_out, C, k, k), of each frame: (B, C, T, H, W) -> (B, C_out, T, H', W')."""
     return _inside(video_of(_conv2d(frames_of(x), weight, bias, stride), x.shape[0]), stride)
 
 

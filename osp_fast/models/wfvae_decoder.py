@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from osp_fast.kernels.haar import inverse_haar2d, inverse_haar3d
 from osp_fast.models.wfvae_layers import (
-    ChannelNorm,
     CausalConv3d,
+    ChannelNorm,
     ChunkState,
     FrameConv,
     ResidualBlock,

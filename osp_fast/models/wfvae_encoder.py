@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from osp_fast.kernels.haar import haar2d, haar3d
 from osp_fast.models.wfvae_layers import (
-    ChannelNorm,
     CausalConv3d,
+    ChannelNorm,
     ChunkState,
     FrameConv,
     ResidualBlock,

@@ -85,6 +85,34 @@ def make_plan(vae: nn.Module, task: Task, budget: int, device: torch.device, mos
     )
 
 
+class Planner:
+    """Plans for one VAE on one device, made when a task is first met; `report` gets a line about each.
+
+    allowance: bytes of the budget, called with those of the weights when a plan is made; most_frames: of a chunk.
+    """
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        device: torch.device,
+        allowance: Callable[[int], int],
+        most_frames: int | None = None,
+        report: Callable[[str], None] | None = None,
+    ):
+        self._vae, self._device, self._allowance = vae, device, allowance
+        self._most_frames, self._report = most_frames, report
+        self._plans: dict[Task, Plan] = {}
+
+    def __call__(self, task: Task) -> Plan:
+        """The task's plan. Raises `UserError` if none fits."""
+        if task not in self._plans:
+            budget = self._allowance(sum(weight.numel() * weight.element_size() for weight in self._vae.parameters()))
+            self._plans[task] = make_plan(self._vae, task, budget, self._device, self._most_frames)
+            if self._report is not None:
+                self._report(describe(task, self._plans[task], budget))
+        return self._plans[task]
+
+
 def describe(task: Task, plan: Plan, budget: int) -> str:
     """One line about a plan."""
     rows, columns = plan.tile or task.cells
@@ -187,7 +215,9 @@ class Predictor:
 
     def _encode(self, plan: Plan) -> int:
         task, lengths = self.task, self._lengths(plan)
-        axes = [encoder_windows(self.encoder, *axis) for axis in zip(task.cells, plan.tile or (None, None), strict=True)]
+        axes = [
+            encoder_windows(self.encoder, *axis) for axis in zip(task.cells, plan.tile or (None, None), strict=True)
+        ]
         early, live = self._tiled("encoder.early", lengths, axes, plan.tiles_outside)
         late = self._cost("encoder.late", tuple(lengths), *task.cells)
         whole = task.batch * task.cells[0] * task.cells[1] * self.dtype.itemsize  # bytes of a latent frame's channel
@@ -213,7 +243,9 @@ class Predictor:
 
     def _decode(self, plan: Plan) -> int:
         task, lengths = self.task, self._lengths(plan)
-        axes = [decoder_windows(self.decoder, *axis) for axis in zip(task.cells, plan.tile or (None, None), strict=True)]
+        axes = [
+            decoder_windows(self.decoder, *axis) for axis in zip(task.cells, plan.tile or (None, None), strict=True)
+        ]
         early = self._cost("decoder.early", tuple(lengths), *task.cells)
         late, live = self._tiled("decoder.late", lengths, axes, plan.tiles_outside)
         cells = task.batch * task.cells[0] * task.cells[1]

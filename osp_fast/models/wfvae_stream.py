@@ -21,8 +21,10 @@ TIME_STRIDE, SPACE_STRIDE = 4, 8
 
 @dataclass(frozen=True)
 class Plan:
-    """How a clip is cut. chunk: latent frames at once, None for all; tile: (rows, columns) in latent cells, None for
-    the whole frame; tiles_outside: whether tiles are the outer loop; peak_bytes: what a planner predicts, 0 if none did.
+    """How a clip is cut.
+
+    chunk: latent frames at once, None for all; tile: (rows, columns) in latent cells, None for the whole frame;
+    tiles_outside: whether tiles are the outer loop; peak_bytes: what a planner predicts, 0 if none did.
     """
 
     chunk: int | None = None
@@ -33,7 +35,9 @@ class Plan:
     def __post_init__(self) -> None:
         sizes = [size for size in (self.chunk, *(self.tile or ())) if size is not None]
         if not all(isinstance(size, int) and size > 0 for size in sizes) or (self.tile and len(self.tile) != 2):
-            raise ValueError(f"chunk {self.chunk} and tile {self.tile} must be whole numbers of latent cells, at least 1")
+            raise ValueError(
+                f"chunk {self.chunk} and tile {self.tile} must be whole numbers of latent cells, at least 1"
+            )
 
 
 @dataclass(frozen=True)

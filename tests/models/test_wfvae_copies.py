@@ -11,7 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 from osp_fast.models.wfvae import WFVAE, WFVAE_CONFIGS
 from osp_fast.models.wfvae_stream import Plan
 
-COPIES = ("aten::copy_", "aten::cat", "aten::constant_pad_nd", "aten::replication_pad3d", "aten::index_put_", "aten::roll")
+COPIES = (
+    "aten::copy_",
+    "aten::cat",
+    "aten::constant_pad_nd",
+    "aten::replication_pad3d",
+    "aten::index_put_",
+    "aten::roll",
+)
 
 
 @pytest.fixture(scope="module")
