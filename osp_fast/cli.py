@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from osp_fast.checks import check_sample, check_train
-from osp_fast.config import SAMPLE_PRESETS, TRAIN_PRESETS, SampleConfig, TrainConfig, as_dict
+from osp_fast.config import SAMPLE_PRESETS, TRAIN_PRESETS, ReconstructConfig, SampleConfig, TrainConfig, as_dict
 from osp_fast.errors import UserError
 
 # Flags of upstream's scripts that have no effect of their own: name -> (takes a value, the line that is printed).
@@ -83,6 +83,24 @@ def parse_sample(argv: Sequence[str] | None = None) -> SampleConfig:
     config = _fill(SampleConfig, space)
     _finish(config, check_sample(config), space.print_config)
     return config
+
+
+def reconstruct_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m osp_fast.reconstruct`."""
+    parser = _parser("osp_fast.reconstruct", "Encode and decode a video, and say how much of it is lost.")
+    parser.add_argument("video", metavar="VIDEO", help="a video, or an image, which is a video of one frame")
+    _add_flags(parser, ReconstructConfig)
+    return parser
+
+
+def parse_reconstruct(argv: Sequence[str] | None = None) -> tuple[str, ReconstructConfig]:
+    """Parse a reconstruction's command line: (video, settings); `--print_config` as for training. Raises `UserError`."""
+    space = reconstruct_parser().parse_args(argv)
+    config = _fill(ReconstructConfig, space)
+    if not config.ae_path:
+        raise UserError("--ae_path is missing: name the folder of the VAE's weights")
+    _finish(config, [], space.print_config)
+    return space.video, config
 
 
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:

@@ -237,6 +237,19 @@ class SampleConfig:
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
 
 
+@dataclass
+class ReconstructConfig:
+    """All settings of a reconstruction."""
+
+    ae_path: str | None = flag(None, "folder of the VAE's weights")
+    cache_dir: str | None = flag(None, "where relative model names are also looked for; nothing is downloaded")
+    output: str | None = flag(None, "the written video (default: VIDEO's name with .reconstruction.mp4, beside it)")
+    overwrite: bool = flag(False, "replace the written video if it exists")
+    vae_memory: int | None = flag(None, VAE_MEMORY_HELP, memory=True)
+    dtype: str = flag("auto", "auto: bf16 on a GPU, float32 on a CPU", choices=("auto", "bf16", "fp32"))
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+
+
 TINY_FOLDER = "tiny"
 
 # What `--preset NAME` sets; a flag on the command line wins over it.

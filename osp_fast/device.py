@@ -24,6 +24,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`--dtype`: auto is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
 def memory_allowance(device: torch.device, held: int = 0) -> int:
     """Bytes that something may hold on a device: what is free and the `held` bytes it has already, less a margin.
 

@@ -23,7 +23,7 @@ from osp_fast.cli import parse_sample
 from osp_fast.config import SAMPLE_PRESETS, SampleConfig, as_dict
 from osp_fast.data.captions import clean_caption
 from osp_fast.data.write import VideoWriter, image_grid, video_grid, write_image, write_video
-from osp_fast.device import check_single_process, resolve_device
+from osp_fast.device import check_single_process, resolve_device, resolve_dtype
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.models.attention_backends import resolve_attention
 from osp_fast.models.text_encoder import find_folder
@@ -291,13 +291,6 @@ def find_dit(config: SampleConfig) -> Path:
     if config.model_path == SAMPLE_PRESETS["tiny"]["model_path"]:
         raise UserError(f"there is no tiny model at {named} yet: run python -m osp_fast.train --preset tiny first")
     return find_folder(config.model_path, config.cache_dir)
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`--dtype`: auto is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
 def writable_folder(name: str) -> Path:
