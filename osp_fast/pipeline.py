@@ -193,7 +193,7 @@ class VideoPipeline:
         planner = Planner(self.vae, self.device, allowance, most_latent_frames, report)
 
         def plan() -> Plan:
-            task = Task("decode", num_frames, height, width, collected=False, pixels=torch.float32)
+            task = Task("decode", num_frames, height, width, collected=False, pixels=pixel_type(self.vae))
             return planner(task) if tiles is None else as_plan(tiles)
 
         if vae_memory is not None:
@@ -251,7 +251,7 @@ class VideoPipeline:
         """The DiT's latents (1, C, T, H, W) -> pieces of the clip as they are decoded, uint8 (t, H, W, 3)."""
         with self._in_use(self.vae):
             raw = self.vae.denormalize(latents).to(next(self.vae.parameters()).dtype)
-            for video in self.vae.decode_stream((raw,), plan(), torch.float32):
+            for video in self.vae.decode_stream((raw,), plan(), pixel_type(self.vae)):
                 if not torch.isfinite(video).all():
                     raise UserError("the VAE's frames are not finite numbers: check --ae_path, or use --dtype fp32")
                 yield to_frames(video)
@@ -269,6 +269,11 @@ class VideoPipeline:
             network.to("cpu")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def pixel_type(vae: WFVAE) -> torch.dtype:
+    """What frames are decoded to: finer than bytes, as bfloat16 is not, and no wider than it need be."""
+    return torch.float32 if next(vae.parameters()).dtype == torch.float32 else torch.float16
 
 
 def to_frames(video: Tensor) -> np.ndarray:

@@ -26,7 +26,7 @@ from osp_fast.models.text_encoder import find_folder
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.models.wfvae_plan import Planner, Task
 from osp_fast.models.wfvae_stream import SPACE_STRIDE, TIME_STRIDE
-from osp_fast.pipeline import to_frames
+from osp_fast.pipeline import pixel_type, to_frames
 from osp_fast.progress import Progress
 
 DEFAULT_FPS = 24.0  # of a video that does not say
@@ -84,7 +84,7 @@ def reconstruct(
     total = memory_allowance(device, weights) if vae_memory is None else vae_memory
     planner = Planner(vae, device, lambda held: (total + held) // 2, report=say)
     encode, decode = (
-        planner(Task(direction, frames, height, width, collected=False, pixels=torch.float32))
+        planner(Task(direction, frames, height, width, collected=False, pixels=pixel_type(vae)))
         for direction in ("encode", "decode")
     )
     originals: deque[Tensor] = deque()
@@ -100,7 +100,7 @@ def reconstruct(
     with ExitStack() as stack:
         writer = None
         means = (moments.chunk(2, dim=1)[0] for moments in vae.encode_stream(source(), encode))
-        for video in vae.decode_stream(means, decode, torch.float32):
+        for video in vae.decode_stream(means, decode, pixel_type(vae)):
             if not torch.isfinite(video).all():
                 raise UserError("the VAE's frames are not finite numbers: check --ae_path, or use --dtype fp32")
             found = to_frames(video)

@@ -52,6 +52,13 @@ def test_a_clip(folder, capsys):
     assert quality.psnr == pytest.approx(result["psnr"], abs=1)  # the video's own compression
 
 
+def test_bfloat16(folder, capsys):
+    for dtype in ("fp32", "bf16"):
+        run(folder, "--dtype", dtype, "--output", str(folder / f"{dtype}.mp4"))
+    exact, rounded = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert rounded["psnr"] == pytest.approx(exact["psnr"], abs=0.1)
+
+
 def test_nothing_is_overwritten_unless_asked_for(folder, capsys):
     target = folder / "kept.mp4"
     target.write_bytes(b"mine")
