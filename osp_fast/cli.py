@@ -94,7 +94,10 @@ def reconstruct_parser() -> argparse.ArgumentParser:
 
 
 def parse_reconstruct(argv: Sequence[str] | None = None) -> tuple[str, ReconstructConfig]:
-    """Parse a reconstruction's command line: (video, settings); `--print_config` as for training. Raises `UserError`."""
+    """Parse a reconstruction's command line: (video, settings); `--print_config` as for training.
+
+    Raises `UserError`.
+    """
     space = reconstruct_parser().parse_args(argv)
     config = _fill(ReconstructConfig, space)
     if not config.ae_path:

@@ -87,34 +87,34 @@ class VideoWriter:
         import av
         from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 
-        with _replacing(self._path) as unfinished:
-            with av.open(unfinished, "w", options={"movflags": "+faststart"}) as container:
-                rate = self._rate
-                stream = container.add_stream("libx264", rate=rate, options={"crf": str(self._crf), **_reproducible()})
-                stream.pix_fmt = "yuv420p"
-                context = stream.codec_context
-                context.thread_count = 2  # a fixed number: the bytes depend on it
-                context.colorspace, context.color_range = int(Colorspace.ITU709), int(ColorRange.MPEG)
-                context.color_primaries, context.color_trc = int(ColorPrimaries.BT709), int(ColorTrc.BT709)
-                reformatter = VideoReformatter()
-                number = 0
-                for piece in pieces:
-                    odd = [(0, 0), (0, piece.shape[1] % 2), (0, piece.shape[2] % 2), (0, 0)]
-                    for frame in np.pad(piece, odd, mode="edge") if any(map(sum, odd)) else piece:
-                        if number == 0:
-                            stream.height, stream.width = frame.shape[:2]
-                        picture = reformatter.reformat(
-                            av.VideoFrame.from_ndarray(np.ascontiguousarray(frame)),
-                            format="yuv420p",
-                            dst_colorspace=Colorspace.ITU709,
-                            dst_color_range=ColorRange.MPEG,
-                        )
-                        picture.pts, picture.time_base = number, 1 / rate
-                        container.mux(stream.encode(picture))
-                        number += 1
-                if self._discarded:
-                    raise _Discarded
-                container.mux(stream.encode(None))
+        fast = {"movflags": "+faststart"}
+        with _replacing(self._path) as unfinished, av.open(unfinished, "w", options=fast) as container:
+            rate = self._rate
+            stream = container.add_stream("libx264", rate=rate, options={"crf": str(self._crf), **_reproducible()})
+            stream.pix_fmt = "yuv420p"
+            context = stream.codec_context
+            context.thread_count = 2  # a fixed number: the bytes depend on it
+            context.colorspace, context.color_range = int(Colorspace.ITU709), int(ColorRange.MPEG)
+            context.color_primaries, context.color_trc = int(ColorPrimaries.BT709), int(ColorTrc.BT709)
+            reformatter = VideoReformatter()
+            number = 0
+            for piece in pieces:
+                odd = [(0, 0), (0, piece.shape[1] % 2), (0, piece.shape[2] % 2), (0, 0)]
+                for frame in np.pad(piece, odd, mode="edge") if any(map(sum, odd)) else piece:
+                    if number == 0:
+                        stream.height, stream.width = frame.shape[:2]
+                    picture = reformatter.reformat(
+                        av.VideoFrame.from_ndarray(np.ascontiguousarray(frame)),
+                        format="yuv420p",
+                        dst_colorspace=Colorspace.ITU709,
+                        dst_color_range=ColorRange.MPEG,
+                    )
+                    picture.pts, picture.time_base = number, 1 / rate
+                    container.mux(stream.encode(picture))
+                    number += 1
+            if self._discarded:
+                raise _Discarded
+            container.mux(stream.encode(None))
 
 
 def write_image(path: str | Path, frame: np.ndarray, quality: int = 95) -> None:

@@ -81,8 +81,8 @@ class WFVAE(PretrainedModel):
     """The autoencoder; load with `WFVAE.from_pretrained`.
 
     `tiles` = (t, h, w) in latent cells bounds the memory of encode and decode, with the same result as the whole clip:
-    t latent frames at once, the layers at pixel resolution on h x w cells at once; None is all. A `Plan` may stand in its
-    place; `wfvae_plan.py` makes one for a budget of bytes. Nothing is kept in the modules between calls.
+    t latent frames at once, the layers at pixel resolution on h x w cells at once; None is all. A `Plan` may stand in
+    its place; `wfvae_plan.py` makes one for a budget of bytes. Nothing is kept in the modules between calls.
     """
 
     class_name = "WFVAEModel"
@@ -107,7 +107,10 @@ class WFVAE(PretrainedModel):
         self.decoder = Decoder(config)
 
     def encode(self, video: Tensor, tiles: Tiles | Plan | None = None) -> Posterior:
-        """video (B, 3, 4m+1, H, W), uint8 or in [-1, 1] -> posterior of raw latents. Raises ValueError on other sizes."""
+        """video (B, 3, 4m+1, H, W), uint8 or in [-1, 1] -> posterior of raw latents.
+
+        Raises ValueError on other sizes.
+        """
         frames = (video.shape[2] - 1) // TIME_STRIDE + 1
         mean, logvar = _collected(self.encode_stream((video,), as_plan(tiles)), frames).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(*LOGVAR_RANGE))
@@ -129,7 +132,7 @@ class WFVAE(PretrainedModel):
     def decode_stream(
         self, latents: Iterable[Tensor], plan: Plan, dtype: torch.dtype | None = None
     ) -> Iterator[Tensor]:
-        """Pieces (B, latent_dim, t, h, w) of raw latents, of any lengths -> frames (B, 3, t', 8h, 8w) as they are known.
+        """Pieces (B, latent_dim, t, h, w) of raw latents, of any lengths -> frames (B, 3, t', 8h, 8w), as soon as known.
 
         dtype: of the pixels, floating; by default the network's.
         """

@@ -1,6 +1,6 @@
 """Convolutions of the WF-VAE on frames in channels-last memory, none of which copies an activation to pad or to carry.
 
-A convolution over k frames is a sum of k two-dimensional ones, each on the frames that are k - 1, .., 1, 0 frames older:
+A convolution over k frames is a sum of k two-dimensional ones, each on the frames that are k - 1, .., 1, 0 older:
 every term reads a view of the chunk and is added to the outputs that it belongs to. What a chunk's frames contribute to
 outputs of the next chunk is computed when the chunk ends and carried as those few unfinished output frames ("overlap
 and add"): they own their memory, while kept input frames would hold on to a whole chunk of activations or be copied.
@@ -71,14 +71,10 @@ def _chunk_sum(
         part = x[:, :, frame : frame + stride * (count - start) : stride]
         if part.shape[2]:
             term = video_of(_conv2d(frames_of(part), taps[tap], bias if out is None else None, stride), x.shape[0])
-            # `+=` on a slice would copy the slice onto itself.
-            out = term if out is None else _add_from(out, start, term)
-    return out
-
-
-def _add_from(out: Tensor, start: int, term: Tensor) -> Tensor:
-    """Add to the frames of out from `start` on, in place."""
-    out[:, :, start:].add_(term)
+            if out is None:
+                out = term
+            else:
+                out[:, :, start:].add_(term)  # `+=` on a slice would copy the slice onto itself
     return out
 
 

@@ -8,6 +8,7 @@ tiles are (one tile through the whole clip, then the next; one state is alive, b
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def windows(cells: int, tile: int | None, padded: Callable[[Span], Span]) -> lis
     count = -(-cells // tile) if tile else 1
     edges = [cells * index // count for index in range(count + 1)]
     found = []
-    for own in zip(edges, edges[1:], strict=False):
+    for own in pairwise(edges):
         first, end = padded(own)
         found.append(Window(own, (max(first, 0), min(end, cells))))
     return found

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from osp_fast.kernels.causal_conv3d import causal_conv3d_ref
+
 from osp_fast.models.wfvae_conv import causal_conv3d, frame_conv, point_conv
 
 CHUNKS = {1: st.lists(st.integers(1, 4), min_size=1, max_size=4)}
