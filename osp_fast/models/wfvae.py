@@ -132,7 +132,7 @@ class WFVAE(PretrainedModel):
     def decode_stream(
         self, latents: Iterable[Tensor], plan: Plan, dtype: torch.dtype | None = None
     ) -> Iterator[Tensor]:
-        """Pieces (B, latent_dim, t, h, w) of raw latents, of any lengths -> frames (B, 3, t', 8h, 8w), as soon as known.
+        """Pieces (B, latent_dim, t, h, w) of raw latents, of any lengths -> frames (B, 3, t', 8h, 8w), in order.
 
         dtype: of the pixels, floating; by default the network's.
         """
