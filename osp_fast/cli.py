@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import sys
 import types
 import typing
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from osp_fast.checks import check_sample, check_train
-from osp_fast.config import SAMPLE_PRESETS, TRAIN_PRESETS, SampleConfig, TrainConfig, as_dict
+from osp_fast.config import SAMPLE_PRESETS, TRAIN_PRESETS, ReconstructConfig, SampleConfig, TrainConfig, as_dict
 from osp_fast.errors import UserError
 
 # Flags of upstream's scripts that have no effect of their own: name -> (takes a value, the line that is printed).
@@ -84,6 +85,27 @@ def parse_sample(argv: Sequence[str] | None = None) -> SampleConfig:
     return config
 
 
+def reconstruct_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m osp_fast.reconstruct`."""
+    parser = _parser("osp_fast.reconstruct", "Encode and decode a video, and say how much of it is lost.")
+    parser.add_argument("video", metavar="VIDEO", help="a video, or an image, which is a video of one frame")
+    _add_flags(parser, ReconstructConfig)
+    return parser
+
+
+def parse_reconstruct(argv: Sequence[str] | None = None) -> tuple[str, ReconstructConfig]:
+    """Parse a reconstruction's command line: (video, settings); `--print_config` as for training.
+
+    Raises `UserError`.
+    """
+    space = reconstruct_parser().parse_args(argv)
+    config = _fill(ReconstructConfig, space)
+    if not config.ae_path:
+        raise UserError("--ae_path is missing: name the folder of the VAE's weights")
+    _finish(config, [], space.print_config)
+    return space.video, config
+
+
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser = SentenceParser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument(
@@ -125,8 +147,9 @@ def _add_flags(parser: Any, group: type) -> None:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction  # --no-FLAG takes back what a preset sets
         else:
-            options["type"] = _converter(kind, field.metadata)
-            options["metavar"] = "|".join(field.metadata["choices"]) or kind.__name__.upper()
+            options["type"] = memory_size if field.metadata["memory"] else _converter(kind, field.metadata)
+            kind_name = "BYTES|auto" if field.metadata["memory"] else kind.__name__.upper()
+            options["metavar"] = "|".join(field.metadata["choices"]) or kind_name
             if field.metadata["many"]:
                 options["nargs"] = "+"
         parser.add_argument(f"--{field.name}", **options)
@@ -142,6 +165,17 @@ def _plain_type(annotation: Any) -> type:
 def _help(metadata: Any, default: Any) -> str:
     shown = "" if default in (None, False, []) else f" (default: {default})"
     return (metadata["help"] + shown).replace("%", "%%")
+
+
+def memory_size(text: str) -> int | None:
+    """ "4GiB", "500 MiB" or plain bytes -> bytes; "auto" -> None."""
+    if text.lower() == "auto":
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of memory: write bytes, 500MiB, 4GiB or auto")
+    unit = 1024 if match[3] else 1000
+    return int(float(match[1]) * unit ** (" kmgt".index(match[2]) if match[2] else 0))
 
 
 def _converter(kind: type, metadata: Any) -> Callable[[str], Any]:

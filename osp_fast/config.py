@@ -29,6 +29,10 @@ DIT_NAMES = ("OpenSoraT2V_v1_3-2B/122", "tiny")
 MAX_TOKENS = 8192  # of text
 MAX_SIDE = 16_384  # pixels; more is a slip of the keyboard
 VAE_NAMES = ("WFVAEModel_D8_4x8x8", "tiny")
+VAE_MEMORY_HELP = (
+    "memory that the VAE may hold with its weights, inputs and results: bytes, or like 4GiB, 500MiB; it works in pieces"
+    " of the clip that fit. auto: what is free on the device when it is first used, less a margin"
+)
 ATTENTION_NAMES = ("auto", "triton", "sdpa", "flash", "reference")
 ATTENTION_HELP = (
     "what computes the DiT's attention; auto: the Triton kernel on a GPU, the reference elsewhere; sdpa: PyTorch's"
@@ -46,9 +50,14 @@ def flag(
     at_most: float | None = None,
     below: float | None = None,
     many: bool = False,
+    memory: bool = False,
 ) -> Any:
-    """A dataclass field with what the command line needs to know: help, allowed values, inclusive or open bounds."""
-    metadata = dict(help=help, choices=choices, at_least=at_least, above=above, at_most=at_most, below=below, many=many)
+    """A dataclass field with what the command line needs to know: help, allowed values, inclusive or open bounds.
+
+    memory: bytes, which the command line takes with a unit; "auto" there is None here.
+    """
+    metadata = dict(help=help, choices=choices, at_least=at_least, above=above, at_most=at_most, below=below)
+    metadata |= dict(many=many, memory=memory)
     if many:
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -94,7 +103,8 @@ class ModelConfig:
     model_max_length: int = flag(512, "text tokens", at_least=1, at_most=MAX_TOKENS)
     ae: str = flag(VAE_NAMES[0], "the VAE's architecture", choices=VAE_NAMES)
     ae_path: str | None = flag(None, "folder of the VAE's weights")
-    enable_tiling: bool = flag(False, "encode and decode in temporal chunks: the same result in less memory")
+    enable_tiling: bool = flag(False, "encode at most 8 latent frames at once: the same result in less memory")
+    vae_memory: int | None = flag(None, VAE_MEMORY_HELP, memory=True)
     vae_fp32: bool = flag(False, "run the VAE in float32 whatever --mixed_precision says")
     interpolation_scale_t: float | None = flag(None, "RoPE position divisor in time (default: the model's)", above=0)
     interpolation_scale_h: float | None = flag(None, "RoPE position divisor for rows (default: the model's)", above=0)
@@ -215,7 +225,8 @@ class SampleConfig:
     seed: int = flag(42, "a sample's noise depends on this, its prompt's and its own number only", at_least=0)
     num_samples_per_prompt: int = flag(1, "videos per prompt", at_least=1)
     save_img_path: str = flag("samples", "folder for the videos, their sidecars and the grid")
-    enable_tiling: bool = flag(False, "decode in temporal chunks: the same result in less memory")
+    enable_tiling: bool = flag(False, "decode at most 4 latent frames at once: the same result in less memory")
+    vae_memory: int | None = flag(None, VAE_MEMORY_HELP, memory=True)
     save_memory: bool = flag(False, "hold only the network in use on the GPU")
     attention: str = flag("auto", ATTENTION_HELP, choices=ATTENTION_NAMES)
     compile: bool = flag(False, "torch.compile each block of the DiT")
@@ -223,6 +234,19 @@ class SampleConfig:
     dtype: str = flag("auto", "auto: bf16 on a GPU, float32 on a CPU", choices=("auto", "bf16", "fp32"))
     caption_refiner: str | None = flag(None, "folder of a chat model that rewrites prompts (not in this version)")
     sp: bool = flag(False, "all GPUs work on one clip (not in this version)")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+
+
+@dataclass
+class ReconstructConfig:
+    """All settings of a reconstruction."""
+
+    ae_path: str | None = flag(None, "folder of the VAE's weights")
+    cache_dir: str | None = flag(None, "where relative model names are also looked for; nothing is downloaded")
+    output: str | None = flag(None, "the written video (default: VIDEO's name with .reconstruction.mp4, beside it)")
+    overwrite: bool = flag(False, "replace the written video if it exists")
+    vae_memory: int | None = flag(None, VAE_MEMORY_HELP, memory=True)
+    dtype: str = flag("auto", "auto: bf16 on a GPU, float32 on a CPU", choices=("auto", "bf16", "fp32"))
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
 
 

@@ -24,6 +24,26 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`--dtype`: auto is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def memory_allowance(device: torch.device, held: int = 0) -> int:
+    """Bytes that something may hold on a device: what is free and the `held` bytes it has already, less a margin.
+
+    The margin is a tenth of what is free, for fragments and libraries' workspaces.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return held + free * 9 // 10
+
+
 def check_single_process(program: str) -> None:
     """Raise `UserError` under torchrun with several ranks, which this version does not serve."""
     world = os.environ.get("WORLD_SIZE", "1")

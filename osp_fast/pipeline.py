@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from osp_fast.config import Recipe
+from osp_fast.device import memory_allowance
 from osp_fast.diffusion.denoise import FLOW_METHOD, Scheduler, denoise, make_scheduler
 from osp_fast.diffusion.schedule import draw_noise
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
 from osp_fast.models.text_encoder import TextEncoder
-from osp_fast.models.wfvae import SPACE_STRIDE, TIME_STRIDE, WFVAE, Tiles
+from osp_fast.models.wfvae import WFVAE, Tiles, as_plan
+from osp_fast.models.wfvae_plan import Planner, Task
+from osp_fast.models.wfvae_stream import SPACE_STRIDE, TIME_STRIDE, Plan
 from osp_fast.seeding import torch_generator
 
 PROMPT_TEMPLATE = "high quality, high aesthetic, {}"
@@ -27,6 +30,7 @@ NEGATIVE_PROMPT = (
 )
 
 OnStep = Callable[[int, int, int, int], None]
+OnFrames = Callable[[int, int, np.ndarray], None]
 
 
 class Parametrization(NamedTuple):
@@ -162,20 +166,38 @@ class VideoPipeline:
         prediction_type: str | None = None,
         rescale_betas_zero_snr: bool | None = None,
         tiles: Tiles | None = None,
+        vae_memory: int | None = None,
+        most_latent_frames: int | None = None,
         on_step: OnStep | None = None,
+        on_frames: OnFrames | None = None,
+        report: Callable[[str], None] | None = None,
     ) -> Iterator[GeneratedClip]:
         """Clips of `num_frames` x `height` x `width` pixels, all samples of the first prompt first.
 
         Prompts go into `PROMPT_TEMPLATE`; `negative_prompt` replaces `NEGATIVE_PROMPT`. A sample's noise depends on
         `seed`, its prompt's and its own number only. The last two of the training's settings may be given where the
-        checkpoint has no recipe. `tiles` bounds the memory of decoding. `on_step(prompt_index, sample_index, done,
-        calls)` is called after each of a clip's `calls` model calls. Raises `UserError`, before anything is computed,
-        if the settings do not fit together.
+        checkpoint has no recipe. Decoding keeps to `vae_memory` bytes (default: what is free on the device by then), of
+        which `report` gets a line, and to `most_latent_frames` at once; or it takes these `tiles`.
+
+        `on_step(prompt_index, sample_index, done, calls)` is called after each of a clip's `calls` model calls, and
+        `on_frames(prompt_index, sample_index, frames)` with each piece of a clip as soon as it is decoded, before the
+        whole clip is given. Raises `UserError`, before anything is computed, if the settings do not fit together.
         """
         shape = self._latent_shape(num_frames, height, width)
         parametrization = resolve_parametrization(self.recipe, method, prediction_type, rescale_betas_zero_snr)
         scheduler = parametrization.scheduler(method)
         scheduler.set_steps(steps)
+        allowance = (
+            (lambda held: memory_allowance(self.device, held)) if vae_memory is None else lambda held: vae_memory
+        )
+        planner = Planner(self.vae, self.device, allowance, most_latent_frames, report)
+
+        def plan() -> Plan:
+            task = Task("decode", num_frames, height, width, collected=False, pixels=pixel_type(self.vae))
+            return planner(task) if tiles is None else as_plan(tiles)
+
+        if vae_memory is not None:
+            plan()
 
         def clips() -> Iterator[GeneratedClip]:
             texts = [PROMPT_TEMPLATE.format(prompt) for prompt in prompts]
@@ -197,7 +219,13 @@ class VideoPipeline:
                         latents = denoise(
                             self.dit, scheduler, steps, noise, *text, *negative, guidance_scale, generator, report
                         )
-                    frames = self._decode(latents, tiles)
+                    frames = np.empty((num_frames, height, width, 3), np.uint8)
+                    start = 0
+                    for piece in self._decode(latents, plan):
+                        frames[start : start + len(piece)] = piece
+                        start += len(piece)
+                        if on_frames:
+                            on_frames(prompt_index, sample_index, piece)
                     yield GeneratedClip(prompt_index, sample_index, prompt, frames, seed)
 
         return clips()
@@ -219,15 +247,14 @@ class VideoPipeline:
             return [self.text_encoder([text]) for text in texts]
 
     @torch.no_grad()
-    def _decode(self, latents: Tensor, tiles: Tiles | None) -> np.ndarray:
-        """The DiT's latents (1, C, T, H, W) -> frames, uint8 (T, H, W, 3)."""
+    def _decode(self, latents: Tensor, plan: Callable[[], Plan]) -> Iterator[np.ndarray]:
+        """The DiT's latents (1, C, T, H, W) -> pieces of the clip as they are decoded, uint8 (t, H, W, 3)."""
         with self._in_use(self.vae):
             raw = self.vae.denormalize(latents).to(next(self.vae.parameters()).dtype)
-            video = self.vae.decode(raw, tiles)[0]
-        if not torch.isfinite(video).all():
-            raise UserError("the VAE's frames are not finite numbers: check --ae_path, or use --dtype fp32")
-        pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return pixels.permute(1, 2, 3, 0).cpu().numpy()
+            for video in self.vae.decode_stream((raw,), plan(), pixel_type(self.vae)):
+                if not torch.isfinite(video).all():
+                    raise UserError("the VAE's frames are not finite numbers: check --ae_path, or use --dtype fp32")
+                yield to_frames(video)
 
     @contextmanager
     def _in_use(self, network: nn.Module) -> Iterator[None]:
@@ -242,3 +269,14 @@ class VideoPipeline:
             network.to("cpu")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def pixel_type(vae: WFVAE) -> torch.dtype:
+    """What frames are decoded to: finer than bytes, as bfloat16 is not, and no wider than it need be."""
+    return torch.float32 if next(vae.parameters()).dtype == torch.float32 else torch.float16
+
+
+def to_frames(video: Tensor) -> np.ndarray:
+    """One video (1, 3, T, H, W) in [-1, 1] -> frames, uint8 (T, H, W, 3)."""
+    pixels = ((video[0].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(1, 2, 3, 0).cpu().numpy()

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from osp_fast.checks import with_recipe
 from osp_fast.cli import parse_sample
 from osp_fast.config import SAMPLE_PRESETS, SampleConfig, as_dict
 from osp_fast.data.captions import clean_caption
-from osp_fast.data.write import image_grid, video_grid, write_image, write_video
-from osp_fast.device import check_single_process, resolve_device
+from osp_fast.data.write import VideoWriter, image_grid, video_grid, write_image, write_video
+from osp_fast.device import check_single_process, resolve_device, resolve_dtype
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.models.attention_backends import resolve_attention
 from osp_fast.models.text_encoder import find_folder
@@ -36,7 +37,7 @@ from osp_fast.pipeline import (
 from osp_fast.progress import Progress, duration
 from osp_fast.training.checkpoint import list_checkpoints
 
-TILE_LATENT_FRAMES = 4  # of --enable_tiling: 16 frames at once
+TILING_FRAMES = 4  # latent frames decoded at once, at most, with --enable_tiling
 GRID_WIDTH = 3840  # pixels; a grid that would be wider is made of shrunk clips, which also bounds the memory
 
 
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         raise UserError(
             f"{config.num_frames}x{config.height}x{config.width} does not fit into the memory of {device}: use "
-            "--enable_tiling, --save_memory or a smaller size"
+            "--vae_memory, --save_memory or a smaller size"
         ) from error
 
 
@@ -137,28 +138,32 @@ def run(
         samples_per_prompt=per_prompt,
         prediction_type=config.prediction_type,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-        tiles=(TILE_LATENT_FRAMES, None, None) if config.enable_tiling else None,
+        vae_memory=config.vae_memory,
+        most_latent_frames=TILING_FRAMES if config.enable_tiling else None,
         on_step=show,
+        on_frames=lambda prompt, sample, frames: files.write(prompt * per_prompt + sample, frames),
+        report=progress.message,
     )
     columns = per_prompt if per_prompt > 1 else math.ceil(math.sqrt(total))
     shrink = math.ceil(columns * config.width / GRID_WIDTH)
     method, suffix = config.sample_method, f"gs{config.guidance_scale}_s{config.num_sampling_steps}"
     shown = []
-    for index, clip in enumerate(clips):
-        path = write_frames(output / f"{method}_{index}_{suffix}", clip.frames, config.fps)
-        sidecar = {
-            "index": index,
-            "prompt_index": clip.prompt_index,
-            "sample_index": clip.sample_index,
-            "prompt": prompts[clip.prompt_index],
-            "full_prompt": PROMPT_TEMPLATE.format(clip.prompt),
-            **{name: value for name, value in settings.items() if name != "text_prompt"},
-            "negative_prompt": negative,
-            "versions": versions,
-        }
-        write_json(path.with_name(path.stem + ".json"), sidecar)
-        progress.message(f"wrote {path}")
-        shown.append(smaller(clip.frames, shrink))
+    with ClipFiles(lambda index: output / f"{method}_{index}_{suffix}", config.num_frames, config.fps) as files:
+        for index, clip in enumerate(clips):
+            path = files.finish(index)
+            sidecar = {
+                "index": index,
+                "prompt_index": clip.prompt_index,
+                "sample_index": clip.sample_index,
+                "prompt": prompts[clip.prompt_index],
+                "full_prompt": PROMPT_TEMPLATE.format(clip.prompt),
+                **{name: value for name, value in settings.items() if name != "text_prompt"},
+                "negative_prompt": negative,
+                "versions": versions,
+            }
+            write_json(path.with_name(path.stem + ".json"), sidecar)
+            progress.message(f"wrote {path}")
+            shown.append(smaller(clip.frames, shrink))
     progress.close()
     if total > 1:
         if config.num_frames == 1:
@@ -166,6 +171,44 @@ def run(
         else:
             grid = video_grid(shown, columns)
         say(f"wrote {write_frames(output / f'{method}_{suffix}_grid', grid, config.fps)}")
+
+
+class ClipFiles:
+    """The files of a run's clips, one after the other, each written while its frames come. A context manager.
+
+    stem: of a clip's number -> its path without suffix.
+    """
+
+    def __init__(self, stem: Callable[[int], Path], num_frames: int, fps: float):
+        self._stem, self._num_frames, self._fps = stem, num_frames, fps
+        self._open = ExitStack()
+        self._writer: VideoWriter | None = None
+
+    def __enter__(self) -> "ClipFiles":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.__exit__(*exception)
+
+    def path(self, index: int) -> Path:
+        """Of a clip: .mp4, or .jpg for one frame."""
+        stem = self._stem(index)
+        return stem.with_name(stem.name + (".jpg" if self._num_frames == 1 else ".mp4"))
+
+    def write(self, index: int, frames: np.ndarray) -> None:
+        """Add frames (t, H, W, 3) to clip `index`. Raises UserError if its file cannot be written."""
+        if self._num_frames == 1:
+            write_image(self.path(index), frames[0])
+            return
+        if self._writer is None:
+            self._writer = self._open.enter_context(VideoWriter(self.path(index), self._fps))
+        self._writer.write(frames)
+
+    def finish(self, index: int) -> Path:
+        """Complete a clip whose frames have all come; its path. Raises UserError if its file cannot be written."""
+        self._writer = None
+        self._open.close()
+        return self.path(index)
 
 
 def refuse_what_is_missing(config: SampleConfig) -> None:
@@ -248,13 +291,6 @@ def find_dit(config: SampleConfig) -> Path:
     if config.model_path == SAMPLE_PRESETS["tiny"]["model_path"]:
         raise UserError(f"there is no tiny model at {named} yet: run python -m osp_fast.train --preset tiny first")
     return find_folder(config.model_path, config.cache_dir)
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`--dtype`: auto is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
 def writable_folder(name: str) -> Path:

@@ -102,7 +102,7 @@ def train(config: TrainConfig) -> int:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"step {state.step + 1} does not fit into the memory of {device}: use --gradient_checkpointing,"
-            " --enable_tiling, --mixed_precision bf16 or a smaller --train_batch_size"
+            " --vae_memory, --mixed_precision bf16 or a smaller --train_batch_size"
         ) from error
     finally:
         progress.close()

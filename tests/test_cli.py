@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from osp_fast.checks import with_recipe
-from osp_fast.cli import parse_sample, parse_train
+from osp_fast.cli import memory_size, parse_sample, parse_train
 from osp_fast.config import Recipe
 from osp_fast.errors import UserError
 
@@ -196,3 +196,36 @@ def test_mistakes_exit_with_code_2_and_one_line(module):
 def test_help_explains_flags(module, flag):
     done = subprocess.run([sys.executable, "-m", f"osp_fast.{module}", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and f"\n  {flag} " in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("4GiB", 4 << 30),
+        ("500 MiB", 500 << 20),
+        ("1.5gib", 3 << 29),
+        ("2GB", 2 * 10**9),
+        ("3m", 3 * 10**6),
+        ("1048576", 1 << 20),
+        ("7B", 7),
+        ("auto", None),
+    ],
+)
+def test_amounts_of_memory(text, size):
+    assert memory_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "0", "-4GiB", "4XiB", "4 GiB more"])
+def test_what_is_no_amount_of_memory(text):
+    with pytest.raises(
+        UserError, match="--vae_memory: .* is not an amount of memory: write bytes, 500MiB, 4GiB or auto"
+    ):
+        parse_train([*MINIMAL, f"--vae_memory={text}"])
+
+
+def test_the_vaes_memory_in_both_programs():
+    config, _ = parse_train([*MINIMAL, "--vae_memory", "4GiB"])
+    assert config.model.vae_memory == 4 << 30
+    assert parse_train(MINIMAL)[0].model.vae_memory is None
+    folders = ["--model_path", "a", "--ae_path", "b", "--text_encoder_name_1", "c", "--text_prompt", "a cat"]
+    assert parse_sample([*folders, "--vae_memory", "500MiB"]).vae_memory == 500 << 20

@@ -112,6 +112,30 @@ def test_tiles_change_nothing(pipeline):
     assert np.abs(frames_of(pipeline, num_frames=9, tiles=(1, None, None))[0] - base).max() <= 1
 
 
+def test_frames_come_while_the_clip_is_decoded(pipeline):
+    pieces, said = [], []
+    clip = next(
+        pipeline.generate(
+            ["a cat"],
+            **{**SETTINGS, "num_frames": 17},
+            most_latent_frames=2,
+            on_frames=lambda prompt, sample, frames: pieces.append((prompt, sample, frames)),
+            report=said.append,
+        )
+    )
+    assert [(prompt, sample, len(frames)) for prompt, sample, frames in pieces] == [(0, 0, 3), (0, 0, 8), (0, 0, 6)]
+    assert np.array_equal(np.concatenate([frames for *_, frames in pieces]), clip.frames)
+    assert len(said) == 1 and said[0].startswith("VAE decode of 17x16x32: 2 of 5 latent frames at once")
+
+
+def test_memory_that_is_not_enough_is_refused_before_anything_is_computed(pipeline):
+    with pytest.raises(UserError, match="VAE decode of 5x16x32 needs at least .* by --vae_memory"):
+        pipeline.generate(["a cat"], **SETTINGS, vae_memory=1000)
+    assert not pipeline.text_encoder.asked
+    base = frames_of(pipeline, num_frames=9)[0].astype(int)
+    assert np.abs(frames_of(pipeline, num_frames=9, vae_memory=3 << 20)[0] - base).max() <= 1
+
+
 def test_save_memory_holds_one_network_at_a_time(networks, pipeline, monkeypatch):
     base = frames_of(pipeline)[0]
     # cpu:0, so that a move to the device differs from one back to the CPU.

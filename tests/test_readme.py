@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from osp_fast.cli import sample_parser, train_parser
+from osp_fast.cli import reconstruct_parser, sample_parser, train_parser
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -32,7 +32,11 @@ def test_commands_are_accepted(command):
 
 
 def test_every_flag_that_is_mentioned_exists():
-    known = {flag for parser in (train_parser(), sample_parser()) for flag in parser._option_string_actions}
+    known = {
+        flag
+        for parser in (train_parser(), sample_parser(), reconstruct_parser())
+        for flag in parser._option_string_actions
+    }
     known |= {"--json"}  # osp_fast.inspect's own, see tests/test_inspect.py
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", README))
     assert len(mentioned) > 40 and mentioned <= known, mentioned - known

@@ -13,6 +13,8 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -234,22 +236,53 @@ def _write_frames(
     return request.indices[min(slots.values())[0]]
 
 
-def read_video(file: str | Path) -> np.ndarray:
-    """All frames of a video as shown, uint8 (T, H, W, 3), decoded in this process; UserError if that fails."""
+@dataclass(frozen=True)
+class VideoFacts:
+    """Of a video as shown: pixels, frames per second (0: unknown), and how many frames its file says it has (or 0)."""
+
+    height: int
+    width: int
+    fps: float
+    frames: int
+
+
+@contextmanager
+def open_video(file: str | Path, piece: int = 4) -> Iterator[tuple[VideoFacts, Iterator[np.ndarray]]]:
+    """A video's facts and its frames as shown, in pieces uint8 (t, H, W, 3), decoded in this process as they are taken.
+
+    Raises UserError, also from the frames, if the file cannot be read as a video.
+    """
     import av
 
     try:
         _check_file(str(file))
         with _open(str(file), threads=0) as (container, stream):
-            frames = list(_decode_packets(stream, container.demux(stream)))
-        if not frames:
-            raise DecodeError("no frame can be decoded")
-        orientation = Orientation.of_frame(frames[0])
-        height, width = orientation.shown_size(frames[0].height, frames[0].width)
-        out = np.empty((len(frames), height, width, 3), np.uint8)
-        with RgbWriter(out, (0, width, 0, height)) as writer:
-            for slot, frame in enumerate(frames):
-                writer.put(frame, [slot], orientation)
+            frames = _decode_packets(stream, container.demux(stream))
+            first = next(frames, None)
+            if first is None:
+                raise DecodeError("no frame can be decoded")
+            orientation = Orientation.of_frame(first)
+            rate = float(stream.average_rate or 0)
+            count = stream.frames or round(float((stream.duration or 0) * (stream.time_base or 0)) * rate)
+            facts = VideoFacts(*orientation.shown_size(first.height, first.width), rate, count)
+            yield facts, _pieces(chain((first,), frames), facts, orientation, piece)
     except (DecodeError, av.error.FFmpegError, ValueError) as error:
         raise UserError(f"{file} cannot be read as a video: {error}; give a video file") from None
-    return out
+
+
+def _pieces(frames: Iterator[Any], facts: VideoFacts, orientation: Orientation, piece: int) -> Iterator[np.ndarray]:
+    """Decoded frames in arrays of up to `piece` frames. Raises DecodeError where the picture's size changes."""
+    while group := list(islice(frames, piece)):
+        out = np.empty((len(group), facts.height, facts.width, 3), np.uint8)
+        with RgbWriter(out, (0, facts.width, 0, facts.height)) as writer:
+            for slot, frame in enumerate(group):
+                if orientation.shown_size(frame.height, frame.width) != (facts.height, facts.width):
+                    raise DecodeError("the size of its pictures changes")
+                writer.put(frame, [slot], orientation)
+        yield out
+
+
+def read_video(file: str | Path) -> np.ndarray:
+    """All frames of a video as shown, uint8 (T, H, W, 3), decoded in this process; UserError if that fails."""
+    with open_video(file) as (_, pieces):
+        return np.concatenate(list(pieces))

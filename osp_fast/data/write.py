@@ -2,6 +2,8 @@
 
 import math
 import os
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -12,6 +14,7 @@ import numpy as np
 from osp_fast.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+WAITING_PIECES = 2  # of a video, between those who make them and the encoder
 GRID_GAP = 2  # pixels between the cells of a grid
 SHEET_MARGIN = 8  # pixels around each row of a contact sheet
 SHEET_CELL = 96  # pixels; smaller frames are enlarged on a contact sheet, by a whole factor
@@ -19,37 +22,99 @@ CAPTION_SIZE = 14  # pixels, height of a contact sheet's letters
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 17) -> None:
-    """Write uint8 frames (T, H, W, 3), RGB, as H.264 that every player and browser shows.
+    """Write uint8 frames (T, H, W, 3), RGB, by a `VideoWriter`. Raises UserError if the file cannot be written."""
+    with VideoWriter(path, fps, crf) as writer:
+        writer.write(_checked(frames, 4))
+
+
+class _Discarded(Exception):
+    """The caller failed, so the video is not to be."""
+
+
+class VideoWriter:
+    """A video that is written as its frames come, as H.264 that every player and browser shows.
 
     `fps` is in frames per second; `crf` is x264's quality, 0 (best) .. 51. Colours are BT.709, limited range. A row or
-    column is repeated where H or W is odd, which yuv420p cannot hold. Raises UserError if the file cannot be written.
+    column is repeated where H or W is odd, which yuv420p cannot hold. A thread encodes, so that the caller can make the
+    next frames meanwhile. A context manager: the file is there when it is left, or not at all if by an exception.
+    UserErrors, if the file cannot be written, come from the next call.
     """
-    import av
-    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 
-    frames = _checked(frames, 4)
-    odd = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]
-    frames = np.pad(frames, odd, mode="edge")
-    with _replacing(path) as unfinished, av.open(unfinished, "w", options={"movflags": "+faststart"}) as container:
-        rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), **_reproducible()})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        context = stream.codec_context
-        context.thread_count = 2  # a fixed number: the bytes depend on it
-        context.colorspace, context.color_range = int(Colorspace.ITU709), int(ColorRange.MPEG)
-        context.color_primaries, context.color_trc = int(ColorPrimaries.BT709), int(ColorTrc.BT709)
-        reformatter = VideoReformatter()
-        for number, frame in enumerate(frames):
-            picture = reformatter.reformat(
-                av.VideoFrame.from_ndarray(np.ascontiguousarray(frame)),
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-            )
-            picture.pts, picture.time_base = number, 1 / rate
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
+    def __init__(self, path: str | Path, fps: float, crf: int = 17):
+        self._path, self._crf = path, crf
+        self._rate = Fraction(fps).limit_denominator(1001)
+        self._pieces: queue.Queue[np.ndarray | None] = queue.Queue(WAITING_PIECES)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._ended = self._discarded = False
+
+    def __enter__(self) -> "VideoWriter":
+        self._thread = threading.Thread(target=self._run, name=f"writer of {self._path}", daemon=True)
+        self._thread.start()
+        return self
+
+    def write(self, frames: np.ndarray) -> None:
+        """Add uint8 frames (T, H, W, 3), RGB, all of one size; they must not be changed afterwards."""
+        frames = _checked(frames, 4)
+        if self._error is not None:
+            raise self._error
+        self._pieces.put(frames)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._discarded = kind is not None
+        self._pieces.put(None)
+        self._thread.join()
+        if kind is None and self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._encode(self._given())
+        except Exception as error:  # told to the caller, in its own thread
+            self._error = error
+            for _ in self._given():  # so that it is not left waiting
+                pass
+
+    def _given(self) -> Iterator[np.ndarray]:
+        """The pieces until the end, which is met once."""
+        while not self._ended:
+            piece = self._pieces.get()
+            self._ended = piece is None
+            if piece is not None:
+                yield piece
+
+    def _encode(self, pieces: Iterator[np.ndarray]) -> None:
+        import av
+        from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
+
+        fast = {"movflags": "+faststart"}
+        with _replacing(self._path) as unfinished, av.open(unfinished, "w", options=fast) as container:
+            rate = self._rate
+            stream = container.add_stream("libx264", rate=rate, options={"crf": str(self._crf), **_reproducible()})
+            stream.pix_fmt = "yuv420p"
+            context = stream.codec_context
+            context.thread_count = 2  # a fixed number: the bytes depend on it
+            context.colorspace, context.color_range = int(Colorspace.ITU709), int(ColorRange.MPEG)
+            context.color_primaries, context.color_trc = int(ColorPrimaries.BT709), int(ColorTrc.BT709)
+            reformatter = VideoReformatter()
+            number = 0
+            for piece in pieces:
+                odd = [(0, 0), (0, piece.shape[1] % 2), (0, piece.shape[2] % 2), (0, 0)]
+                for frame in np.pad(piece, odd, mode="edge") if any(map(sum, odd)) else piece:
+                    if number == 0:
+                        stream.height, stream.width = frame.shape[:2]
+                    picture = reformatter.reformat(
+                        av.VideoFrame.from_ndarray(np.ascontiguousarray(frame)),
+                        format="yuv420p",
+                        dst_colorspace=Colorspace.ITU709,
+                        dst_color_range=ColorRange.MPEG,
+                    )
+                    picture.pts, picture.time_base = number, 1 / rate
+                    container.mux(stream.encode(picture))
+                    number += 1
+            if self._discarded:
+                raise _Discarded
+            container.mux(stream.encode(None))
 
 
 def write_image(path: str | Path, frame: np.ndarray, quality: int = 95) -> None:

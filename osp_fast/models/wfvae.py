@@ -5,9 +5,8 @@ Source: "WF-VAE" (Li et al., 2024). Networks are in `wfvae_encoder.py` and `wfva
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -18,11 +17,11 @@ from osp_fast.kernels.haar import COEFFICIENT_2D, COEFFICIENT_3D
 from osp_fast.models.weights import PretrainedModel
 from osp_fast.models.wfvae_decoder import Decoder
 from osp_fast.models.wfvae_encoder import Encoder
-from osp_fast.models.wfvae_layers import ChunkState
+from osp_fast.models.wfvae_stream import TIME_STRIDE, Plan, decode_stream, encode_stream
 
-TIME_STRIDE, SPACE_STRIDE = 4, 8
 LOGVAR_RANGE = (-30.0, 20.0)
-Tiles = tuple[int, int | None, int | None]
+MANY = 1 << 40  # cells: more than any clip has
+Tiles = tuple[int | None, int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,9 @@ class Posterior:
 class WFVAE(PretrainedModel):
     """The autoencoder; load with `WFVAE.from_pretrained`.
 
-    `tiles` = (t, h, w) in latent cells bounds the memory of encode and decode: t latent frames at once, with the same
-    result as the whole clip. This version does not tile rows or columns: h and w are None, or not less than the clip's.
+    `tiles` = (t, h, w) in latent cells bounds the memory of encode and decode, with the same result as the whole clip:
+    t latent frames at once, the layers at pixel resolution on h x w cells at once; None is all. A `Plan` may stand in
+    its place; `wfvae_plan.py` makes one for a budget of bytes. Nothing is kept in the modules between calls.
     """
 
     class_name = "WFVAEModel"
@@ -106,38 +106,37 @@ class WFVAE(PretrainedModel):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def encode(self, video: Tensor, tiles: Tiles | None = None) -> Posterior:
-        """video (B, 3, 4m+1, H, W) in [-1, 1] -> posterior of raw latents. Raises ValueError on other sizes."""
-        frames, height, width = video.shape[2:]
-        if (frames - 1) % TIME_STRIDE or height % SPACE_STRIDE or width % SPACE_STRIDE:
-            raise ValueError(
-                f"a video of (T, H, W) = {(frames, height, width)}: T must be 4n+1, H and W multiples of 8"
-            )
-        step = _chunk_frames(tiles, (frames, height // SPACE_STRIDE, width // SPACE_STRIDE)) * TIME_STRIDE
-        starts = [0, *range(step - TIME_STRIDE + 1, frames, step), frames]
-        state = ChunkState() if len(starts) > 2 else None
-        parts = []
-        for start, end in pairwise(starts):
-            parts.append(self.encoder(video[:, :, start:end], state))
-            if state is not None:
-                state.first = False
-        mean, logvar = torch.cat(parts, dim=2).chunk(2, dim=1)
+    def encode(self, video: Tensor, tiles: Tiles | Plan | None = None) -> Posterior:
+        """video (B, 3, 4m+1, H, W), uint8 or in [-1, 1] -> posterior of raw latents.
+
+        Raises ValueError on other sizes.
+        """
+        frames = (video.shape[2] - 1) // TIME_STRIDE + 1
+        mean, logvar = _collected(self.encode_stream((video,), as_plan(tiles)), frames).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(*LOGVAR_RANGE))
 
-    def decode(self, latents: Tensor, tiles: Tiles | None = None) -> Tensor:
-        """Raw latents (B, latent_dim, m+1, h, w) -> video (B, 3, 4m+1, 8h, 8w), in about [-1, 1]."""
-        frames = latents.shape[2]
-        step = _chunk_frames(tiles, latents.shape[2:])
-        starts = [*range(0, frames, step), frames]
-        state = ChunkState() if len(starts) > 2 else None
-        parts = []
-        for start, end in pairwise(starts):
-            if state is not None:
-                state.last = end == frames
-            parts.append(self.decoder(latents[:, :, start:end], state))
-            if state is not None:
-                state.first = False
-        return torch.cat(parts, dim=2)
+    def decode(self, latents: Tensor, tiles: Tiles | Plan | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Raw latents (B, latent_dim, m+1, h, w) -> video (B, 3, 4m+1, 8h, 8w), in about [-1, 1].
+
+        dtype: of the pixels, floating; by default the network's.
+        """
+        frames = TIME_STRIDE * (latents.shape[2] - 1) + 1
+        return _collected(self.decode_stream((latents,), as_plan(tiles), dtype), frames)
+
+    def encode_stream(self, frames: Iterable[Tensor], plan: Plan) -> Iterator[Tensor]:
+        """Pieces (B, 3, t, H, W) of a video, of any lengths, 4m+1 frames in all -> mean and log-variance (before any
+        clamping) of its latent frames, (B, 2 * latent_dim, t', H/8, W/8), as they are known. Raises ValueError.
+        """
+        return encode_stream(self.encoder, frames, plan)
+
+    def decode_stream(
+        self, latents: Iterable[Tensor], plan: Plan, dtype: torch.dtype | None = None
+    ) -> Iterator[Tensor]:
+        """Pieces (B, latent_dim, t, h, w) of raw latents, of any lengths -> frames (B, 3, t', 8h, 8w), in order.
+
+        dtype: of the pixels, floating; by default the network's.
+        """
+        return decode_stream(self.decoder, latents, plan, dtype)
 
     def normalize(self, raw: Tensor) -> Tensor:
         """Raw latents -> the DiT's: (raw - shift) * scale, per channel."""
@@ -166,15 +165,30 @@ class WFVAE(PretrainedModel):
         return {name: tensor for name, tensor in tensors.items() if name not in filters}
 
 
-def _chunk_frames(tiles: Tiles | None, size: Sequence[int]) -> int:
-    """Latent frames per chunk of a clip of `size` = (frames, latent rows, latent columns)."""
-    if tiles is None:
-        return size[0]
-    if len(tiles) != 3 or not isinstance(tiles[0], int) or tiles[0] < 1:
-        raise ValueError(f"tiles {tiles} must be (t, h, w) in latent cells, t at least 1")
-    if any(tile is not None and tile < length for tile, length in zip(tiles[1:], size[1:], strict=True)):
-        raise ValueError(f"tiles {tiles}: this version tiles time only, use ({tiles[0]}, None, None)")
-    return tiles[0]
+def as_plan(tiles: Tiles | Plan | None) -> Plan:
+    """A plan as it is; tiles (t, h, w) with time as the outer loop; None: all at once. Raises ValueError."""
+    if tiles is None or isinstance(tiles, Plan):
+        return tiles or Plan()
+    if len(tiles) != 3 or not all(size is None or (isinstance(size, int) and size > 0) for size in tiles):
+        raise ValueError(f"tiles {tiles} must be (t, h, w) in latent cells, each at least 1, or None for all")
+    frames, rows, columns = tiles
+    if rows is None and columns is None:
+        return Plan(frames)
+    return Plan(frames, (rows or MANY, columns or MANY))
+
+
+def _collected(parts: Iterator[Tensor], frames: int) -> Tensor:
+    """Pieces in one tensor of that many frames, each written where it belongs as it comes."""
+    whole, start = None, 0
+    for part in parts:
+        if part.shape[2] == frames:
+            return part
+        if whole is None:
+            whole = part.new_empty((*part.shape[:2], frames, *part.shape[3:]))
+        whole[:, :, start : start + part.shape[2]] = part
+        start += part.shape[2]
+        del part  # before the next one is computed
+    return whole
 
 
 def wavelet_filters() -> dict[str, Tensor]:

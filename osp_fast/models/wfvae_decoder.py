@@ -1,13 +1,13 @@
-"""The WF-VAE's decoder: raw latents -> video.
+"""The WF-VAE's decoder: raw latents -> video, in two stages.
 
-In temporal chunks the decoder looks one frame ahead at the interpolation in `up2`: a chunk that is not the last holds
-back the last interpolated frame, and the l2 branch of the wavelet pyramid is delayed by the same frame.
+`early` works at the latents' resolution on whole frames, because its attention does; `late` goes up to pixels and may
+be given tiles of the frames. In temporal chunks the decoder looks one frame ahead at the interpolation in `up2`: a
+chunk that is not the last holds back one frame, and the l2 branch of the wavelet pyramid is delayed by the same frame.
 """
 
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osp_fast.kernels.haar import inverse_haar2d, inverse_haar3d
@@ -17,83 +17,27 @@ from osp_fast.models.wfvae_layers import (
     ChunkState,
     FrameConv,
     ResidualBlock,
+    Span,
     mid_layers,
-    per_frame,
+    needs,
     run,
+    union,
 )
+from osp_fast.models.wfvae_resample import Upsample2d, Upsample3d
 
 COLOURS = 3
-
-
-class TimeInterpolation(nn.Module):
-    """Double every frame but the clip's first in time; linear in between, or nearest. No parameters."""
-
-    def __init__(self, mode: str):
-        super().__init__()
-        self.mode = mode
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether a frame's second half needs the frame after it."""
-        return self.mode == "trilinear"
-
-    def forward(self, x: Tensor, state: ChunkState | None) -> Tensor:
-        """(B, C, T, H, W) -> 2T - 1 frames for a whole clip; chunk by chunk the same frames, one held back."""
-        alone, rest = (x[:, :, :1], x[:, :, 1:]) if state is None or state.first else (x[:, :, :0], x)
-        if state is None or not self.looks_ahead:
-            return torch.cat((alone, self._double(rest)), dim=2) if rest.shape[2] else alone
-        before = state.kept.get(self)
-        held = before is not None
-        frames = torch.cat((before, rest), dim=2) if held else rest
-        if not frames.shape[2]:
-            return alone
-        state.kept[self] = frames[:, :, -1:]
-        doubled = self._double(frames)
-        # Of the frame before, the first half is out already; the last frame's second half waits for its successor.
-        return torch.cat((alone, doubled[:, :, 1 if held else 0 : None if state.last else -1]), dim=2)
-
-    def _double(self, x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=(2, 1, 1), mode=self.mode)
-
-
-class Upsample3d(nn.Module):
-    """Double time (but for the first frame), rows and columns, then a causal convolution."""
-
-    def __init__(self, channels: int, t_interpolation: str):
-        super().__init__()
-        self.time = TimeInterpolation(t_interpolation)
-        self.conv = CausalConv3d(channels, channels, 3)
-
-    def forward(self, x: Tensor, state: ChunkState | None) -> Tensor:
-        """(B, C, T, H, W) -> (B, C, T', 2H, 2W)."""
-        x = self.time(x, state)
-        return self.conv(F.interpolate(x, scale_factor=(1, 2, 2), mode="trilinear"), state)
-
-
-class Upsample2d(nn.Module):
-    """Double rows and columns of each frame by repetition, then a 3x3 convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, state: ChunkState | None = None) -> Tensor:
-        """(B, C, T, H, W) -> (B, C, T, 2H, 2W)."""
-        return per_frame(lambda frames: self.conv(F.interpolate(frames, scale_factor=2, mode="nearest")), x)
 
 
 class DelayByHeldFrame(nn.Module):
     """Keeps the l2 branch in step with the main path while that holds back a frame. No parameters."""
 
-    def forward(self, x: Tensor, state: ChunkState | None) -> Tensor:
-        """(B, C, T, H, W): the frame kept before, then x, its last frame kept if the main path holds one back."""
-        if state is None:
-            return x
-        before = state.kept.get(self)
-        frames = x if before is None else torch.cat((before, x), dim=2)
-        holds = not state.last and not (state.first and x.shape[2] == 1)
-        state.kept[self] = frames[:, :, -1:] if holds else None
-        return frames[:, :, :-1] if holds else frames
+    def forward(self, x: Tensor, state: ChunkState) -> list[Tensor]:
+        """(B, C, T, H, W): the frame kept before, then x without its last frame if the main path holds one back."""
+        parts = [part for part in (state.kept.pop(self, None),) if part is not None]
+        if state.last or (state.first and x.shape[2] == 1):
+            return [*parts, x]
+        state.kept[self] = x[:, :, -1:]  # three channels: what it holds on to is small
+        return [*parts, x[:, :, :-1]]
 
 
 class Decoder(nn.Module):
@@ -136,19 +80,50 @@ class Decoder(nn.Module):
         self.connect_l2 = nn.ModuleList(
             [*(ResidualBlock(flow, flow) for _ in range(connect)), FrameConv(flow, 8 * COLOURS)]
         )
-        self.delay = DelayByHeldFrame() if upsample.time.looks_ahead else None
+        self.delay = DelayByHeldFrame() if upsample.interpolation.looks_ahead else None
 
-    def forward(self, latents: Tensor, state: ChunkState | None) -> Tensor:
-        """(B, latent_dim, T, H, W) -> (B, 3, T', 8H, 8W), T' = 4T - 3 for a whole clip."""
-        first = state is None or state.first
-        x = run(self.mid, self.conv_in(latents, state), state)
+    def early(self, latents: Tensor, state: ChunkState) -> Tensor:
+        """(B, latent_dim, T, h, w) -> (B, width, T, h, w)."""
+        latents = latents.contiguous(memory_format=torch.channels_last_3d)  # and so is all that follows
+        return run(self.mid, self.conv_in(latents, state), state)
+
+    def late_needs(self, rows: Span) -> Span:
+        """Rows of latent cells that rows of pixels depend on through `late`; may reach beyond the frame."""
+        outer = _halved(rows)
+        main = needs(self.up1, needs(self.layer, self.conv_out.needs(outer)))
+        level_1 = needs(self.connect_l1, _halved(outer))
+        level_2 = needs(self.connect_l2, _halved(_halved(outer)))
+        return union(needs(self.up2, union(main, level_1)), level_2)
+
+    def late(self, x: Tensor, state: ChunkState, dtype: torch.dtype | None = None) -> Tensor:
+        """`early`'s result, whole frames or a tile -> pixels (B, 3, T', 8H, 8W), T' = 4T - 3 for a whole clip.
+
+        dtype: of the pixels; by default the network's.
+        """
         x, flow = x[:, : -self.flow], x[:, -self.flow :]
-        low_l2 = inverse_haar3d(run(self.connect_l2, flow, state), first)
+        # Three channels each: their sums cost nothing in float32, and every rounding of them would be seen.
+        low = [inverse_haar3d(run(self.connect_l2, flow, state), state.first, torch.float32)]
         if self.delay is not None:
-            low_l2 = self.delay(low_l2, state)
-        x = run(self.up2, x, state)
+            low = self.delay(low[0], state)
+        for layer in self.up2:  # and not `run`, beside which this function would hold on to x
+            x = layer(x, state)
         x, flow = x[:, : -self.flow], x[:, -self.flow :]
-        low_l1 = inverse_haar2d(run(self.connect_l1, flow, state), low=low_l2)
-        x = run(self.layer, run(self.up1, x, state), state)
-        bands = self.conv_out(self.norm_out(x, silu=True))
-        return inverse_haar3d(bands, first, low=low_l1)
+        bands = run(self.connect_l1, flow, state)
+        if len(low) > 1:
+            start = 0
+            for part in low:
+                bands[:, :COLOURS, start : start + part.shape[2]].add_(part)
+                start += part.shape[2]
+        low = inverse_haar2d(bands, torch.float32, low=low[0] if len(low) == 1 else None)
+        del bands, flow
+        for layer in (*self.up1, *self.layer):
+            x = layer(x, state)
+        x = self.norm_out(x, silu=True)
+        bands = self.conv_out(x)
+        del x
+        return inverse_haar3d(bands, state.first, dtype, low=low)
+
+
+def _halved(rows: Span) -> Span:
+    """Rows of bands that rows of their synthesis depend on."""
+    return rows[0] // 2, (rows[1] + 1) // 2

@@ -1,7 +1,10 @@
-"""The WF-VAE's encoder: video -> mean and log-variance."""
+"""The WF-VAE's encoder: video -> mean and log-variance, in two stages.
+
+`early` goes down to the latents' resolution and may be given tiles of the frames; `late` sees whole frames, because
+its attention does.
+"""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osp_fast.kernels.haar import haar2d, haar3d
@@ -12,36 +15,15 @@ from osp_fast.models.wfvae_layers import (
     FrameConv,
     ResidualBlock,
     ResidualBlock2d,
+    Span,
     mid_layers,
-    per_frame,
+    needs,
     run,
+    union,
 )
+from osp_fast.models.wfvae_resample import Downsample2d, Downsample3d
 
 COLOURS = 3
-
-
-class Downsample2d(nn.Module):
-    """Halve rows and columns of each frame."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor, state: ChunkState | None = None) -> Tensor:
-        """(B, C, T, H, W) -> (B, C, T, H/2, W/2); one zero at the right and at the bottom."""
-        return per_frame(lambda frames: self.conv(F.pad(frames, (0, 1, 0, 1))), x)
-
-
-class Downsample3d(nn.Module):
-    """Halve time, rows and columns."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = CausalConv3d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor, state: ChunkState | None) -> Tensor:
-        """(B, C, T, H, W) -> (B, C, T', H/2, W/2), T' = (T + 1) / 2 in the first chunk, T / 2 after it."""
-        return self.conv(x, state)
 
 
 class Encoder(nn.Module):
@@ -70,15 +52,35 @@ class Encoder(nn.Module):
         self.norm_out = ChannelNorm(4 * base)
         self.conv_out = CausalConv3d(4 * base, 2 * config.latent_dim, 3)
 
-    def forward(self, video: Tensor, state: ChunkState | None) -> Tensor:
-        """(B, 3, T, H, W) -> mean and log-variance, (B, 2 * latent_dim, T', H/8, W/8)."""
-        first = state is None or state.first
-        bands, low = haar3d(video, first, with_low=True)
-        bands_l1, low = haar2d(low, with_low=True)
-        bands_l2 = haar3d(low, first)
-        x = run(self.down1, bands, state)
+    @property
+    def width(self) -> int:
+        """Channels between the stages."""
+        return self.mid[0].norm1.norm.normalized_shape[0]
+
+    def early_needs(self, rows: Span) -> Span:
+        """Rows of pixels that rows of latent cells depend on through `early`; may reach beyond the frame."""
+        joined = needs(self.down2, rows)
+        main = needs(self.down1, joined)
+        level_1 = self.connect_l1.needs(joined)
+        level_2 = self.connect_l2.needs(rows)
+        # Each wavelet level below another doubles: pixels, outer bands, bands of l1, bands of l2.
+        outer = union(main, (2 * min(level_1[0], 2 * level_2[0]), 2 * max(level_1[1], 2 * level_2[1])))
+        return 2 * outer[0], 2 * outer[1]
+
+    def early(self, video: Tensor, state: ChunkState) -> Tensor:
+        """(B, 3, T, H, W), uint8 or in [-1, 1] -> (B, width, T', H/8, W/8)."""
+        dtype = self.connect_l1.weight.dtype
+        x, low = haar3d(video, state.first, dtype, video.dtype == torch.uint8, with_low=True, channels_last=True)
+        bands_l1, low = haar2d(low, with_low=True, channels_last=True)
+        bands_l2 = haar3d(low, state.first, channels_last=True)
+        for layer in self.down1:  # and not `run`, beside which this function would hold on to x
+            x = layer(x, state)
         x = torch.cat((x, self.connect_l1(bands_l1)), dim=1)
-        x = run(self.down2, x, state)
-        x = torch.cat((x, self.connect_l2(bands_l2)), dim=1)
+        for layer in self.down2:
+            x = layer(x, state)
+        return torch.cat((x, self.connect_l2(bands_l2)), dim=1)
+
+    def late(self, x: Tensor, state: ChunkState) -> Tensor:
+        """Whole frames of `early` -> mean and log-variance, (B, 2 * latent_dim, T', H/8, W/8)."""
         x = run(self.mid, x, state)
         return self.conv_out(self.norm_out(x, silu=True), state)

@@ -1,57 +1,71 @@
 """Layers that the WF-VAE's encoder and decoder share.
 
-Parameter names are those of released checkpoints (a convolution is `conv`, a norm `norm` inside its wrapper). Layers
-that look back in time take a `ChunkState`, or None when they are given the whole clip at once.
+Parameter names are those of released checkpoints (a convolution is `conv`, a norm `norm` inside its wrapper). A clip
+comes in temporal chunks, the whole clip being one of them; what a layer carries from chunk to chunk is in a
+`ChunkState`. Every layer that may see a part of a frame says by `needs` which of its input's rows (columns alike) an
+interval of its output depends on, so that tiles get halos that are exactly wide enough.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osp_fast.kernels.causal_conv3d import causal_conv3d_ref
 from osp_fast.kernels.channel_norm import channel_norm
+from osp_fast.models.wfvae_conv import causal_conv3d, frame_conv, point_conv
 
 NORM_EPS = 1e-6
+SCORE_BYTES = 128 << 20  # of attention scores in float32, if no fused kernel serves; more are computed in turns
+Span = tuple[int, int]  # rows or columns [first, end)
 
 
 class ChunkState:
-    """What one pass over a clip in temporal chunks carries from chunk to chunk.
+    """What one pass over a clip (or over one tile of its frames) in temporal chunks carries from chunk to chunk.
 
-    `first` and `last` say where the current chunk stands; `kept` holds each layer's frames, keyed by the layer.
+    `first` and `last` say where the current chunk stands; `kept` holds what each layer carries, keyed by the layer.
     """
 
     def __init__(self) -> None:
         self.first = True
         self.last = False
-        self.kept: dict[nn.Module, Tensor | None] = {}
+        self.kept: dict[nn.Module, Any] = {}
 
 
 class CausalConv3d(nn.Module):
-    """A convolution that is causal in time; see `kernels/causal_conv3d.py`."""
+    """A convolution that is causal in time; see `wfvae_conv.py`."""
 
     def __init__(self, channels: int, out_channels: int, kernel: int, stride: int = 1):
         super().__init__()
         self.conv = nn.Conv3d(channels, out_channels, kernel, stride)
 
-    def forward(self, x: Tensor, state: ChunkState | None) -> Tensor:
+    def needs(self, rows: Span) -> Span:
+        """Rows of the input that rows of the output depend on."""
+        if self.conv.stride[0] == 2:
+            return stride_2_needs(rows)
+        reach = self.conv.kernel_size[1] // 2
+        return rows[0] - reach, rows[1] + reach
+
+    def forward(self, x: Tensor, state: ChunkState) -> Tensor:
         """(B, C, T, H, W) -> (B, C_out, T', H', W')."""
-        cache = None if state is None else state.kept.get(self)
-        out, tail = causal_conv3d_ref(x, self.conv.weight, self.conv.bias, self.conv.stride[0], cache)
-        if state is not None:
-            state.kept[self] = tail
+        carry = None if state.first else state.kept.pop(self)
+        out, carry = causal_conv3d(x, self.conv.weight, self.conv.bias, self.conv.stride[0], carry, state.last)
+        if carry is not None:
+            state.kept[self] = carry
         return out
 
 
-class PointConv(CausalConv3d):
-    """A 1x1x1 convolution: nothing to carry."""
+class PointConv(nn.Module):
+    """A 1x1x1 convolution."""
 
     def __init__(self, channels: int, out_channels: int):
-        super().__init__(channels, out_channels, kernel=1)
+        super().__init__()
+        self.conv = nn.Conv3d(channels, out_channels, 1)
 
-    def forward(self, x: Tensor, state: ChunkState | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C_out, T, H, W)."""
-        return self.conv(x)
+        return point_conv(x, self.conv.weight, self.conv.bias)
 
 
 class ChannelNorm(nn.Module):
@@ -62,8 +76,23 @@ class ChannelNorm(nn.Module):
         self.norm = nn.LayerNorm(channels, NORM_EPS)
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
-        """(B, C, ...) -> the same shape."""
+        """(B, C, ...) -> the same shape, in channels-last memory."""
         return channel_norm(x, self.norm.weight, self.norm.bias, self.norm.eps, silu)
+
+
+class FrameConv(nn.Conv2d):
+    """A 3x3 convolution of each frame; with stride 2, one zero at the right and at the bottom."""
+
+    def __init__(self, channels: int, out_channels: int, stride: int = 1):
+        super().__init__(channels, out_channels, 3, stride)
+
+    def needs(self, rows: Span) -> Span:
+        """Rows of the input that rows of the output depend on."""
+        return stride_2_needs(rows) if self.stride[0] == 2 else (rows[0] - 1, rows[1] + 1)
+
+    def forward(self, x: Tensor, state: ChunkState | None = None) -> Tensor:
+        """(B, C, T, H, W) -> (B, C_out, T, H', W')."""
+        return frame_conv(x, self.weight, self.bias, self.stride[0])
 
 
 class ResidualBlock(nn.Module):
@@ -77,11 +106,17 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(out_channels, out_channels, 3)
         self.nin_shortcut = PointConv(channels, out_channels) if channels != out_channels else None
 
-    def forward(self, x: Tensor, state: ChunkState | None) -> Tensor:
+    def needs(self, rows: Span) -> Span:
+        """Rows of the input that rows of the output depend on."""
+        return self.conv1.needs(self.conv2.needs(rows))
+
+    def forward(self, x: Tensor, state: ChunkState) -> Tensor:
         """(B, C, T, H, W) -> (B, C_out, T, H, W)."""
         hidden = self.conv1(self.norm1(x, silu=True), state)
-        hidden = self.conv2(self.norm2(hidden, silu=True), state)
-        return hidden + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        hidden = self.norm2(hidden, silu=True)
+        hidden = self.conv2(hidden, state)
+        hidden += x if self.nin_shortcut is None else self.nin_shortcut(x)
+        return hidden
 
 
 class ResidualBlock2d(nn.Module):
@@ -90,14 +125,21 @@ class ResidualBlock2d(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm1 = ChannelNorm(channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = FrameConv(channels, channels)
         self.norm2 = ChannelNorm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = FrameConv(channels, channels)
 
-    def forward(self, x: Tensor, state: ChunkState | None = None) -> Tensor:
+    def needs(self, rows: Span) -> Span:
+        """Rows of the input that rows of the output depend on."""
+        return self.conv1.needs(self.conv2.needs(rows))
+
+    def forward(self, x: Tensor, state: ChunkState) -> Tensor:
         """(B, C, T, H, W) -> the same shape."""
-        hidden = per_frame(self.conv1, self.norm1(x, silu=True))
-        return x + per_frame(self.conv2, self.norm2(hidden, silu=True))
+        hidden = self.conv1(self.norm1(x, silu=True))
+        hidden = self.norm2(hidden, silu=True)
+        hidden = self.conv2(hidden)
+        hidden += x
+        return hidden
 
 
 class FrameAttention(nn.Module):
@@ -111,37 +153,49 @@ class FrameAttention(nn.Module):
         self.v = PointConv(channels, channels)
         self.proj_out = PointConv(channels, channels)
 
-    def forward(self, x: Tensor, state: ChunkState | None = None) -> Tensor:
-        """(B, C, T, H, W) -> the same shape; softmax scale 1 / sqrt(C)."""
+    def forward(self, x: Tensor, state: ChunkState) -> Tensor:
+        """(B, C, T, H, W), whole frames -> the same shape; softmax scale 1 / sqrt(C)."""
+        batch, _, frames, rows, columns = x.shape
         normed = self.norm(x)
-        q, k, v = (layer(normed).permute(0, 2, 3, 4, 1).flatten(2, 3) for layer in (self.q, self.k, self.v))
-        attended = F.scaled_dot_product_attention(q, k, v).unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
-        return x + self.proj_out(attended)
+        q, k, v = (layer(normed).movedim(1, -1).flatten(2, 3) for layer in (self.q, self.k, self.v))
+        del normed
+        turns = -(-batch * frames * (rows * columns) ** 2 * 4 // SCORE_BYTES)
+        parts = [_attend(part, k, v) for part in q.tensor_split(turns, dim=2)]
+        attended = torch.cat(parts, dim=2) if turns > 1 else parts[0]
+        out = self.proj_out(attended.unflatten(2, (rows, columns)).movedim(-1, 1))
+        out += x
+        return out
 
 
-class FrameConv(nn.Conv2d):
-    """A 3x3 convolution of each frame."""
-
-    def __init__(self, channels: int, out_channels: int):
-        super().__init__(channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor, state: ChunkState | None = None) -> Tensor:
-        """(B, C, T, H, W) -> (B, C_out, T, H, W)."""
-        return per_frame(super().forward, x)
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over dimension 2 of (B, T, N, C)."""
+    if q.is_meta:  # PyTorch would trace its plain formula there; the fused kernels of real devices hold the result only
+        return torch.empty_like(q)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
-def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a layer of images (B, C, H, W) to each frame of a video (B, C, T, H, W)."""
-    batch = x.shape[0]
-    out = layer(x.transpose(1, 2).flatten(0, 1))
-    return out.unflatten(0, (batch, -1)).transpose(1, 2)
+def stride_2_needs(rows: Span) -> Span:
+    """Rows that a 3x3 window at every second row, beginning at row 0, sees for these rows of the output."""
+    return 2 * rows[0], 2 * rows[1] + 1
 
 
-def run(layers: nn.ModuleList, x: Tensor, state: ChunkState | None) -> Tensor:
+def run(layers: Iterable[nn.Module], x: Tensor, state: ChunkState) -> Tensor:
     """Apply layers in turn, handing each the state."""
     for layer in layers:
         x = layer(x, state)
     return x
+
+
+def needs(layers: nn.ModuleList, rows: Span) -> Span:
+    """Rows of the first layer's input that rows of the last one's output depend on."""
+    for layer in reversed(layers):
+        rows = layer.needs(rows)
+    return rows
+
+
+def union(one: Span, other: Span) -> Span:
+    """The smallest interval that holds both."""
+    return min(one[0], other[0]), max(one[1], other[1])
 
 
 def mid_layers(channels: int, width: int, out_channels: int, attention: bool) -> nn.ModuleList:

@@ -6,6 +6,7 @@ Whatever is drawn for a clip is named by (seed, step, slot), its slot being its 
 the batch is cut into micro-batches, or where a run was resumed, changes nothing that is drawn.
 """
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from osp_fast.config import TrainConfig
 from osp_fast.data.dataset import LoadedClip
+from osp_fast.device import memory_allowance
 from osp_fast.diffusion.schedule import DiffusionObjective, draw_noise
 from osp_fast.models.dit import DiT
 from osp_fast.models.text_encoder import TextEncoder
 from osp_fast.models.wfvae import WFVAE
+from osp_fast.models.wfvae_plan import Planner, Task
 from osp_fast.seeding import torch_generator
 
-ENCODE_TILES = (8, None, None)  # latent frames encoded at once with --enable_tiling; rows and columns are not cut
+TILING_FRAMES = 8  # latent frames encoded at once, at most, with --enable_tiling
 
 
 class ClipLoss:
@@ -39,7 +42,14 @@ class ClipLoss:
         self._seed = config.run.seed
         self._noise_offset = config.diffusion.noise_offset
         self._bf16 = config.model.mixed_precision == "bf16"
-        self._tiles = ENCODE_TILES if config.model.enable_tiling else None
+        memory = config.model.vae_memory
+        self._plan = Planner(
+            vae,
+            device,
+            (lambda held: memory_allowance(device, held)) if memory is None else (lambda held: memory),
+            TILING_FRAMES if config.model.enable_tiling else None,
+            report=lambda line: print(line, file=sys.stderr, flush=True),
+        )
 
     def __call__(self, clips: Sequence[LoadedClip], step: int) -> Tensor:
         latents = self.encode(clips, step)
@@ -67,11 +77,10 @@ class ClipLoss:
         for index, clip in enumerate(clips):
             by_size.setdefault(tuple(clip.pixels.shape), []).append(index)
         latents: dict[int, Tensor] = {}
-        dtype = next(self.vae.parameters()).dtype
         for indices in by_size.values():
             pixels = torch.stack([clips[index].pixels for index in indices]).to(self.device, non_blocking=True)
-            video = (pixels.float() / 127.5 - 1.0).to(dtype)
-            posterior = self.vae.encode(video, tiles=self._tiles)
+            batch, _, *size = pixels.shape
+            posterior = self.vae.encode(pixels, self._plan(Task("encode", *size, batch)))
             shape = posterior.mean.shape[1:]
             drawn = [self._noise("posterior", shape, step, clips[index].slot) for index in indices]
             raw = posterior.sample(torch.stack(drawn))

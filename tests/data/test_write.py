@@ -12,7 +12,7 @@ from PIL import Image
 
 from osp_fast.assets.shapes import Scene
 from osp_fast.data.decode import read_video
-from osp_fast.data.write import contact_sheet, image_grid, video_grid, write_image, write_video
+from osp_fast.data.write import VideoWriter, contact_sheet, image_grid, video_grid, write_image, write_video
 from osp_fast.errors import UserError
 
 COLOURS = [(200, 30, 90), (10, 220, 40), (30, 60, 230), (255, 255, 255), (0, 0, 0)]
@@ -126,3 +126,26 @@ def test_contact_sheet(tmp_path):
     assert letters[:26].sum() > 50  # the first caption is above the first row
     with pytest.raises(ValueError, match="zip"):
         contact_sheet(tmp_path / "sheet.png", videos, ["one"])
+
+
+def test_pieces_make_the_same_file(tmp_path):
+    frames = np.stack([picture(number, 30, 46) for number in range(9)])
+    write_video(tmp_path / "whole.mp4", frames, 24)
+    with VideoWriter(tmp_path / "pieces.mp4", 24) as writer:
+        for start, end in ((0, 1), (1, 5), (5, 9)):
+            writer.write(frames[start:end])
+            assert not (tmp_path / "pieces.mp4").exists()
+    assert (tmp_path / "pieces.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_a_failure_among_the_pieces_leaves_no_file(tmp_path):
+    with pytest.raises(RuntimeError, match="no more frames"), VideoWriter(tmp_path / "a.mp4", 24) as writer:
+        writer.write(flat(COLOURS[0]))
+        raise RuntimeError("no more frames")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_missing_is_told_though_many_pieces_wait(tmp_path):
+    with pytest.raises(UserError, match="cannot be written"), VideoWriter(tmp_path / "no/a.mp4", 24) as writer:
+        for _ in range(20):
+            writer.write(flat(COLOURS[0]))

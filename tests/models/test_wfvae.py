@@ -37,17 +37,18 @@ def test_golden_decode(vae, io):
     assert relative(vae.decode(io["mean"]), io["reconstruction"]) < 1e-5
 
 
+# In float64, where what chunks change in the order of sums is far below what a wrong frame would change.
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 9])
 @pytest.mark.parametrize("mode", ["trilinear", "nearest"])
-def test_chunks_equal_the_whole_clip(vae, io, chunk, mode):
-    if mode == "nearest":
-        vae = WFVAE.from_pretrained(GOLDEN, t_interpolation="nearest").requires_grad_(False)
-    whole = vae.encode(io["video"])
-    chunked = vae.encode(io["video"], tiles=(chunk, None, None))
-    assert relative(chunked.mean, whole.mean) < 1e-6
-    assert relative(chunked.logvar, whole.logvar) < 1e-6
-    decoded = vae.decode(io["mean"])
-    assert relative(vae.decode(io["mean"], tiles=(chunk, None, None)), decoded) < 1e-6
+def test_chunks_equal_the_whole_clip(io, chunk, mode):
+    vae = WFVAE.from_pretrained(GOLDEN, torch.float64, t_interpolation=mode).requires_grad_(False)
+    video, mean = io["video"].double(), io["mean"].double()
+    whole = vae.encode(video)
+    chunked = vae.encode(video, tiles=(chunk, None, None))
+    assert relative(chunked.mean, whole.mean) < 1e-12
+    assert relative(chunked.logvar, whole.logvar) < 1e-12
+    decoded = vae.decode(mean)
+    assert relative(vae.decode(mean, tiles=(chunk, None, None)), decoded) < 1e-12
 
 
 @pytest.mark.parametrize("frames", [1, 5, 9, 13, 29])
@@ -55,10 +56,22 @@ def test_any_length_in_chunks_of_two(vae, frames):
     video = torch.rand(1, 3, frames, 16, 24, generator=torch.Generator().manual_seed(frames)) * 2 - 1
     whole = vae.encode(video).mean
     assert whole.shape == (1, 8, (frames - 1) // 4 + 1, 2, 3)
-    assert relative(vae.encode(video, tiles=(2, None, None)).mean, whole) < 1e-6
+    assert relative(vae.encode(video, tiles=(2, None, None)).mean, whole) < 5e-6
     decoded = vae.decode(whole)
     assert decoded.shape == video.shape
-    assert relative(vae.decode(whole, tiles=(2, None, None)), decoded) < 1e-6
+    assert relative(vae.decode(whole, tiles=(2, None, None)), decoded) < 5e-6
+
+
+def test_float32_rounds_no_more_in_chunks(io):
+    exact = WFVAE.from_pretrained(GOLDEN, torch.float64).requires_grad_(False).decode(io["mean"].double())
+    vae = WFVAE.from_pretrained(GOLDEN).requires_grad_(False)
+    for chunk in (None, 1, 2):
+        assert relative(vae.decode(io["mean"], tiles=(chunk, None, None)), exact) < 2e-6
+
+
+def test_pictures_in_bytes_are_pictures_in_numbers(vae):
+    video = torch.randint(0, 256, (1, 3, 5, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert relative(vae.encode(video).mean, vae.encode(video / 127.5 - 1).mean) < 5e-6
 
 
 def test_encoding_is_causal(vae, io):
@@ -100,17 +113,9 @@ def test_impossible_sizes_are_refused(vae):
         vae.encode(torch.zeros(1, 3, 4, 16, 16))
     with pytest.raises(ValueError, match="multiples of 8"):
         vae.encode(torch.zeros(1, 3, 5, 12, 16))
-    with pytest.raises(ValueError, match="time only"):
-        vae.encode(torch.zeros(1, 3, 5, 16, 16), tiles=(1, 1, 1))
-
-
-def test_tiles_that_cover_rows_and_columns_are_no_tiles(vae):
-    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
-    whole = vae.encode(video).mean
-    assert relative(vae.encode(video, tiles=(1, 2, 2)).mean, whole) < 1e-6
-    for tiles in ((1,), (0, None, None), ("1", None, None)):
+    for tiles in ((1,), (0, None, None), ("1", None, None), (1, 2, 0)):
         with pytest.raises(ValueError, match="tiles"):
-            vae.decode(whole, tiles=tiles)
+            vae.decode(torch.zeros(1, 8, 1, 2, 2), tiles=tiles)
 
 
 def test_released_size_can_be_built_on_meta():

@@ -20,6 +20,7 @@ SILENT = {
     "model.pretrained",
     "model.cache_dir",
     "model.enable_tiling",
+    "model.vae_memory",
     "model.attention",
     "model.gradient_checkpointing",
     "model.allow_tf32",

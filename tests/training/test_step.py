@@ -75,6 +75,19 @@ def test_tiled_encoding_gives_the_same_latents(loss, make_loss, make_clip):
     torch.testing.assert_close(make_loss(config).encode(long, 0)[0], loss.encode(long, 0)[0], rtol=0, atol=1e-5)
 
 
+def test_encoding_keeps_to_the_memory_that_is_named(make_loss, make_clip, capsys):
+    config = TrainConfig()
+    config.model.vae_memory = 6 << 20
+    clips = [make_clip(0, (17, 64, 64)), make_clip(1, (17, 64, 64))]
+    small = make_loss(config)
+    found = small.encode(clips, 0)
+    assert "VAE encode of 2 clips of 17x64x64: " in capsys.readouterr().err
+    small.encode(clips, 1)
+    assert not capsys.readouterr().err  # a plan for each size, once
+    for one, other in zip(found, make_loss().encode(clips, 0), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
 def test_the_caption_matters_and_padding_does_not(loss, make_clip):
     red, blue = make_clip(0), make_clip(0)
     blue.caption = "blue"

@@ -1,34 +1,9 @@
-"""causal_conv3d: the reference against explicit padding, and chunk by chunk; which path serves a device."""
+"""Which path of the kernels serves a device."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from osp_fast.kernels import launch
-from osp_fast.kernels.causal_conv3d import causal_conv3d_ref
 from osp_fast.kernels.launch import selected_path
-
-
-@pytest.mark.parametrize("kernel, stride", [((3, 3, 3), 1), ((1, 3, 3), 1), ((1, 1, 1), 1), ((3, 3, 3), 2)])
-def test_causal_conv_against_explicit_padding(kernel, stride):
-    x, weight = torch.randn(1, 2, 9, 6, 8).double(), torch.randn(4, 2, *kernel).double()
-    bias = torch.randn(4).double()
-    out, _ = causal_conv3d_ref(x, weight, bias, stride)
-    padded = torch.cat((x[:, :, :1].expand(-1, -1, kernel[0] - 1, -1, -1), x), 2)
-    edge = kernel[1] // 2
-    padded = F.pad(padded, (edge,) * 4 if stride == 1 else (0, 1, 0, 1))
-    assert torch.allclose(out, F.conv3d(padded, weight, bias, stride))
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_causal_conv_chunks_equal_the_whole(stride):
-    x, weight = torch.randn(1, 2, 17, 6, 8).double(), torch.randn(4, 2, 3, 3, 3).double()
-    whole, _ = causal_conv3d_ref(x, weight, None, stride)
-    cache, parts = None, []
-    for start, end in ((0, 5), (5, 9), (9, 11), (11, 17)):
-        out, cache = causal_conv3d_ref(x[:, :, start:end], weight, None, stride, cache)
-        assert cache.shape[2] == 3 - stride
-        parts.append(out)
-    assert torch.allclose(torch.cat(parts, 2), whole)
 
 
 def test_kernel_path(monkeypatch):

@@ -1,0 +1,73 @@
+"""Convolutions in chunks against the plain causal convolution."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from osp_fast.kernels.causal_conv3d import causal_conv3d_ref
+
+from osp_fast.models.wfvae_conv import causal_conv3d, frame_conv, point_conv
+
+CHUNKS = {1: st.lists(st.integers(1, 4), min_size=1, max_size=4)}
+CHUNKS[2] = st.tuples(st.sampled_from([1, 3, 5]), st.lists(st.sampled_from([2, 4]), max_size=3)).map(
+    lambda sizes: [sizes[0], *sizes[1]]
+)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.sampled_from([1, 2]).flatmap(lambda stride: st.tuples(st.just(stride), CHUNKS[stride])), st.integers(1, 2))
+def test_chunks_equal_the_reference(strided_chunks, batch):
+    stride, lengths = strided_chunks
+    x = noise(batch, 3, sum(lengths), 4, 6).contiguous(memory_format=torch.channels_last_3d)
+    weight, bias = noise(5, 3, 3, 3, 3, seed=1), noise(5, seed=2)
+    before, outs, carry = x.clone(), [], None
+    for number, part in enumerate(x.split(lengths, dim=2)):
+        last = number == len(lengths) - 1
+        out, carry = causal_conv3d(part, weight, bias, stride, carry, last)
+        outs.append(out)
+        assert (carry is None) == last
+    torch.testing.assert_close(torch.cat(outs, dim=2), causal_conv3d_ref(x, weight, bias, stride)[0])
+    assert torch.equal(x, before)
+
+
+def test_what_is_carried_owns_its_memory():
+    x = noise(1, 3, 8, 4, 6)
+    _, carry = causal_conv3d(x, noise(5, 3, 3, 3, 3), None)
+    assert len(carry) == 2
+    assert all(part.untyped_storage().nbytes() == part.numel() * 8 for part in carry)
+
+
+def test_a_chunk_that_gives_nothing_is_refused():
+    x, weight = noise(1, 3, 3, 4, 6), noise(5, 3, 3, 3, 3)
+    _, carry = causal_conv3d(x, weight, None, 2)
+    with pytest.raises(ValueError, match="1 frames is too short"):
+        causal_conv3d(x[:, :, :1], weight, None, 2, carry)
+
+
+def test_gradients():
+    x, weight, bias = noise(2, 3, 5, 4, 4), noise(2, 3, 3, 3, 3, seed=1), noise(2, seed=2)
+    leaves = [part.requires_grad_() for part in (x, weight, bias)]
+
+    def in_chunks(x, weight, bias, stride):
+        first, carry = causal_conv3d(x[:, :, :3], weight, bias, stride)
+        return torch.cat((first, causal_conv3d(x[:, :, 3:], weight, bias, stride, carry, True)[0]), dim=2)
+
+    for stride in (1, 2):
+        found = torch.autograd.grad(in_chunks(*leaves, stride).square().sum(), leaves)
+        expected = torch.autograd.grad(causal_conv3d_ref(*leaves, stride)[0].square().sum(), leaves)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_convolutions_of_frames():
+    x, weight, bias = noise(2, 3, 4, 6, 8), noise(5, 3, 3, 3, seed=1), noise(5, seed=2)
+    for stride in (1, 2):
+        expected = causal_conv3d_ref(x, weight[:, :, None], bias, 1)[0]
+        if stride == 2:  # windows that begin at even rows and columns
+            expected = expected[..., 1::2, 1::2]
+        torch.testing.assert_close(frame_conv(x, weight, bias, stride), expected)
+    weight = weight[:, :, 1:2, 1:2, None]
+    torch.testing.assert_close(point_conv(x, weight, bias), torch.nn.functional.conv3d(x, weight, bias))
