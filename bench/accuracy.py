@@ -3,12 +3,24 @@
 The results of a call have names: "out" of one tensor, "out0", "out1", ... of a tuple.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from osp_fast.kernels.spec import Result
 from torch import Tensor
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within it cuDNN's convolutions, and the kernels that follow its setting, multiply float32 without rounding it."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -34,6 +34,7 @@ from osp_fast.kernels.causal_conv3d_launch import (
     Stride,
     conv_forward,
     empty_output,
+    is_dense,
     output_size,
     past_frames,
 )
@@ -59,23 +60,25 @@ class Serves(NamedTuple):
     reason: str
 
 
-EVERY_ARCH, HALF = range(0, 1000), (torch.bfloat16, torch.float16)
+EVERY_ARCH, HALF, ANY = range(0, 1000), (torch.bfloat16, torch.float16), range(1, 1 << 30)
 # What serves on a GPU, the first row that holds. Not yet measured on a GPU: these are expectations.
 SERVES = (
-    Serves(EVERY_ARCH, HALF, ((1, 1, 1),), range(1, 1 << 30), "library", "a plain matrix product, no cache: cuBLAS"),
+    Serves(EVERY_ARCH, HALF, ((1, 1, 1),), ANY, "library", "a plain matrix product, no cache: cuBLAS"),
     Serves(
-        range(80, 120), HALF, ((3, 3, 3), (1, 3, 3)), range(64, 1 << 30), "triton",
-        "tensor cores busy, and no copy of the frames, by predictions a seventh of a 128-channel layer's time",
+        range(80, 130), HALF, ((3, 3, 3),), ANY, "triton",
+        "no copy of the frames, by predictions a seventh of a 128-channel layer's time, and tensor cores busy",
+    ),
+    Serves(range(80, 130), HALF, ((1, 3, 3),), range(64, 1 << 30), "triton", "tensor cores busy, sums in registers"),
+    Serves(
+        EVERY_ARCH, HALF, ((3, 3, 3), (1, 3, 3)), ANY, "library",
+        "few channels leave most of a block empty, or read pixels once per tap for few products; or an old GPU",
     ),
     Serves(
-        EVERY_ARCH, HALF, ((3, 3, 3), (1, 3, 3)), range(1, 1 << 30), "library",
-        "few channels leave most of a block empty, or read pixels once per tap for few products",
-    ),
-    Serves(
-        EVERY_ARCH, (torch.float32, torch.float64), KERNELS, range(1, 1 << 30), "library",
+        EVERY_ARCH, (torch.float32, torch.float64), KERNELS, ANY, "library",
         "the Triton kernel is not tuned for float32, and takes no float64",
     ),
 )  # fmt: skip
+TRACED_ARCH = 90  # what calls are traced for, without a device, where Triton is to serve them
 
 
 def causal_conv3d(
@@ -87,6 +90,7 @@ def causal_conv3d(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
     path: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """The convolution; see the module's docstring. Returns (B, C_out, T', H', W') in channels-last memory.
 
@@ -94,6 +98,7 @@ def causal_conv3d(
     oldest first, or a tensor of them (B, C, P, H, W); residual: added to the result, in its shape; dtype: of the
     result, x's by default. path: "triton" or "library" force one; "auto" takes `SERVES` on CUDA and the library
     elsewhere, unless `OSP_FAST_KERNELS` forces one (reference stands for the library). Outside of autocast, always.
+    out: where the result is written and which is returned, such as some frames of a longer clip's; without gradients.
     Raises ValueError on arguments that do not fit, and on a chunk too short for an output frame.
     """
     if path not in PATHS:
@@ -102,10 +107,12 @@ def causal_conv3d(
     if path == "auto" and weight.dim() == 5:
         path = serving_path(x.device, x.dtype, weight.shape[1], weight.shape[0], tuple(weight.shape[2:]))
     if path == "triton":
-        return causal_conv3d_triton(x, weight, bias, stride, cache, residual, dtype)
+        return causal_conv3d_triton(x, weight, bias, stride, cache, residual, dtype, out=out)
     frames, steps = frames_of(cache), steps_of(stride)
     check_arguments(x, weight, bias, steps, frames, residual)
-    return library_conv(x, weight, bias, steps, frames, residual, dtype or x.dtype)
+    check_out(x, weight, steps, frames, dtype or x.dtype, out)
+    result = library_conv(x, weight, bias, steps, frames, residual, dtype or x.dtype)
+    return result if out is None else out.copy_(result)
 
 
 def causal_conv3d_triton(
@@ -117,6 +124,7 @@ def causal_conv3d_triton(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
     version: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """`causal_conv3d` by the Triton kernel alone; `version` forces one of `causal_conv3d_launch.VERSIONS`.
 
@@ -131,7 +139,11 @@ def causal_conv3d_triton(
     check_triton("causal_conv3d", x.new_empty(0, dtype=dtype))
     check_arguments(x, weight, bias, steps, frames, residual)
     earlier, previous = ((None, None, *frames) if weight.shape[2] > 1 else (None, None))[-2:]
-    return torch.ops.osp_fast.causal_conv3d(x, weight, bias, earlier, previous, residual, *steps, dtype, version)
+    check_out(x, weight, steps, frames, dtype, out)
+    if out is None:
+        return torch.ops.osp_fast.causal_conv3d(x, weight, bias, earlier, previous, residual, *steps, dtype, version)
+    torch.ops.osp_fast.causal_conv3d_into(x, weight, bias, earlier, previous, residual, *steps, out, version)
+    return out
 
 
 def next_cache(x: Tensor, cache: Cache, kernel: int, stride: int = 1) -> tuple[Tensor, ...]:
@@ -184,7 +196,7 @@ def serving_path(
         return "library"
     if "OSP_FAST_KERNELS" in os.environ:
         return "triton"
-    return serving_row(architecture(device), dtype, channels, out_channels, kernel).path
+    return serving_row(architecture(device) or TRACED_ARCH, dtype, channels, out_channels, kernel).path
 
 
 def serving_row(
@@ -244,6 +256,22 @@ def check_arguments(
         raise ValueError(f"residual {tuple(residual.shape)} must be {(x.shape[0], weight.shape[0], *size)}")
 
 
+def check_out(
+    x: Tensor, weight: Tensor, stride: Stride, frames: Sequence[Tensor], dtype: torch.dtype, out: Tensor | None
+) -> None:
+    """Raises ValueError for an `out` that the result, of that dtype, cannot be written to."""
+    if out is None:
+        return
+    past = len(frames) or weight.shape[2] - 1
+    shape = (x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], stride, past))
+    if out.shape != shape or out.dtype != dtype or out.device != x.device:
+        raise ValueError(f"out {tuple(out.shape)} of {out.dtype} must be {shape} of {dtype}, on {x.device}")
+    if not is_dense(out):
+        raise ValueError("out must be whole frames of channels-last memory")
+    if torch.is_grad_enabled() and any(y.requires_grad for y in (x, weight, *frames, out)):
+        raise ValueError("out takes no gradients: leave it out, or work under torch.no_grad()")
+
+
 @torch.library.custom_op("osp_fast::causal_conv3d", mutates_args=())
 def _forward(
     x: Tensor,
@@ -257,7 +285,30 @@ def _forward(
     dtype: torch.dtype,
     version: str,
 ) -> Tensor:
-    return conv_forward(x, weight, bias, earlier, previous, residual, Stride(stride_t, stride), dtype, version)
+    out = empty_output(x, weight, Stride(stride_t, stride), past_frames(weight.shape[2], earlier, previous), dtype)
+    conv_forward(x, weight, bias, earlier, previous, residual, Stride(stride_t, stride), out, version)
+    return out
+
+
+@torch.library.custom_op("osp_fast::causal_conv3d_into", mutates_args=("out",))
+def _forward_into(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    earlier: Tensor | None,
+    previous: Tensor | None,
+    residual: Tensor | None,
+    stride_t: int,
+    stride: int,
+    out: Tensor,
+    version: str,
+) -> None:
+    conv_forward(x, weight, bias, earlier, previous, residual, Stride(stride_t, stride), out, version)
+
+
+@_forward_into.register_fake
+def _(x, weight, bias, earlier, previous, residual, stride_t, stride, out, version):
+    return None
 
 
 @_forward.register_fake
@@ -315,7 +366,7 @@ def conv_flops(batch: int, frames: int, height: int, width: int, weight_shape: S
     return products
 
 
-@register_flop_formula(torch.ops.osp_fast.causal_conv3d)
+@register_flop_formula([torch.ops.osp_fast.causal_conv3d, torch.ops.osp_fast.causal_conv3d_into])
 def _forward_flops(x_shape, weight_shape, bias, earlier, previous, residual, stride_t, stride, *args, **kwargs) -> int:
     past = past_frames(weight_shape[2], earlier, previous)
     size = output_size(x_shape[2:], weight_shape[2:], Stride(stride_t, stride), past)

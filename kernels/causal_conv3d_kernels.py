@@ -59,7 +59,7 @@ def _load_taps(
     return tl.load(base + (out_channel * (TAPS * CHANNELS))[:, None] + channel[None, :], mask=mask, other=0.0)
 
 
-SIZES = ["past", "frames", "height", "width", "out_frames", "out_height", "out_width"]
+SIZES = ["past", "frames", "height", "width", "out_frames", "out_height", "out_width", "out_batch"]
 STRIDES = ["x_batch", "x_frame", "x_row", "x_column", "earlier_batch", "previous_batch"]
 STRIDES += ["residual_batch", "residual_frame", "residual_row", "residual_column"]
 
@@ -70,13 +70,14 @@ def causal_conv3d_fwd_kernel(
     x_view, earlier_view, previous_view, weight_view,
     x_batch, x_frame, x_row, x_column, earlier_batch, previous_batch,
     residual_batch, residual_frame, residual_row, residual_column,
-    past, frames, height, width, out_frames, out_height, out_width,
+    past, frames, height, width, out_frames, out_height, out_width, out_batch,
     CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, KERNEL_T: tl.constexpr, KERNEL: tl.constexpr,
     STRIDE_T: tl.constexpr, STRIDE: tl.constexpr, HAS_CACHE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out (B, T', H', W', C_out) dense; weight (C_out, taps, C) dense; channels of x, the cache and residual adjacent.
+    """out (B, T', H', W', C_out) dense, but for samples out_batch pixels apart; weight (C_out, taps, C) dense; channels
+    of x, the cache and residual adjacent.
 
     past: frames before x: those of the cache, or as many times x's first frame. earlier and previous: the frames two
     and one before x, in x's strides but for the batch's. All strides come divided by ALIGNED, so that the compiler
@@ -169,6 +170,6 @@ def causal_conv3d_fwd_kernel(
 
     if DESCRIPTORS:
         sums = tl.trans(sums)
-    base = out + (sample.to(tl.int64) * out_frames + frame) * out_height * out_width * OUT_CHANNELS
+    base = out + (sample * out_batch.to(tl.int64) + frame.to(tl.int64) * out_height * out_width) * OUT_CHANNELS
     where = base + ((row * out_width + column) * OUT_CHANNELS)[:, None] + out_channel[None, :]
     tl.store(where, sums.to(out.dtype.element_ty), mask=mask)

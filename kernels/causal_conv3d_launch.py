@@ -82,6 +82,14 @@ def empty_output(x: Tensor, weight: Tensor, stride: Stride, past: int, dtype: to
     return out.permute(0, 4, 1, 2, 3)
 
 
+def is_dense(out: Tensor) -> bool:
+    """Whether each sample of out (B, C, T, H, W) is dense with channels last, as frames of such a tensor are."""
+    channels, _, height, width = out.shape[1:]
+    adjacent = out.stride(1) == 1 or channels == 1
+    sample, *strides = strides_of(out)
+    return adjacent and strides == [height * width * channels, width * channels, channels] and not sample % channels
+
+
 def past_frames(kernel_t: int, earlier: Tensor | None, previous: Tensor | None) -> int:
     """Frames that stand before x: those of a cache, or as many repetitions of x's first as the kernel reaches."""
     if previous is None:
@@ -97,18 +105,18 @@ def conv_forward(
     previous: Tensor | None,
     residual: Tensor | None,
     stride: Stride,
-    dtype: torch.dtype,
+    out: Tensor,
     version: str,
-) -> Tensor:
-    """The output, (B, C_out, T', H', W') in channels-last memory. earlier, previous: (B, C, H, W), or None.
+) -> None:
+    """Fill out, (B, C_out, T', H', W'), of which each sample is dense with channels last.
 
-    Raises ValueError for a version that cannot serve, and for frames of 2^31 elements.
+    earlier, previous: (B, C, H, W), or None. Raises ValueError for a version that cannot serve, and for frames of 2^31
+    elements.
     """
     out_channels, channels, kernel_t, kernel, _ = weight.shape
     past = past_frames(kernel_t, earlier, previous)
-    out = empty_output(x, weight, stride, past, dtype)
     if not out.numel():
-        return out
+        return
     x = with_adjacent_channels(x)
     earlier, previous = (None if y is None else in_strides_of(x, y).unsqueeze(2) for y in (earlier, previous))
     before = (previous if earlier is None else earlier, previous)
@@ -132,12 +140,12 @@ def conv_forward(
         causal_conv3d_fwd_kernel[(tiles(config, out.shape),)](
             x, *before, weight, bias, residual, out, *views,
             *(stride // aligned for stride in strides), past, *x.shape[2:], *out.shape[2:],
+            strides_of(out)[0] // out_channels,
             CHANNELS=channels, OUT_CHANNELS=out_channels, KERNEL_T=kernel_t, KERNEL=kernel,
             STRIDE_T=stride.time, STRIDE=stride.space, HAS_CACHE=previous is not None, HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None, ALIGNED=aligned, DESCRIPTORS=descriptors,
             PRECISION=precision(), **blocks_of(config),
         )  # fmt: skip
-    return out
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:

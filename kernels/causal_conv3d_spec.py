@@ -26,7 +26,7 @@ from osp_fast.kernels.causal_conv3d import (
 )
 from osp_fast.kernels.causal_conv3d_kernels import causal_conv3d_fwd_kernel
 from osp_fast.kernels.causal_conv3d_launch import ConvCall, ConvConfig
-from osp_fast.kernels.spec import KernelBuild, OpSpec, Shape, Tunable
+from osp_fast.kernels.spec import LAUNCH_SECONDS, TRITON_TYPE, KernelBuild, OpSpec, Shape, Tunable
 from torch import Tensor
 
 CLOCK = 1.755e9
@@ -35,7 +35,6 @@ OPERATIONS_PER_CLOCK = 4096  # of a multiprocessor's tensor cores, in 16 bits
 L2_BYTES_PER_CLOCK = 36
 STEP_CLOCKS, FILL_CLOCKS, STORE_CLOCKS, RESIDUAL_CLOCKS = 200, 2500, 3500, 3000
 LIBRARY_RATE, BACKWARD_RATE, LIBRARY_BANDWIDTH = 250e12, 300e12, 2.4e12
-LAUNCH_SECONDS = 5e-6
 ONE, TWO, TWO_IN_SPACE = (1, 1, 1), (2, 2, 2), (1, 2, 2)
 
 
@@ -213,7 +212,6 @@ def _candidates(arch: int, dtype: torch.dtype, shape: tuple[int, ...], channels:
     return conv_launch.candidates(conv_launch.choose_patch(call, shape, MULTIPROCESSORS))
 
 
-TRITON_TYPE = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 VIEWS = ("x_view", "earlier_view", "previous_view", "weight_view")
 NARROW_BIAS = 16  # accesses of the bias, a few values for each program, at most
 
@@ -298,6 +296,7 @@ LAYERS = (
     (24, 128, 1, 3, ONE, False, False, 256),
     (128, 24, 1, 3, ONE, False, False, 256),
     (8, 512, 3, 3, ONE, True, False, 64),
+    (512, 16, 3, 3, ONE, True, False, 64),
 )
 
 

@@ -162,7 +162,12 @@ class WFVAE(PretrainedModel):
             # 16-bit checkpoints hold the coefficients rounded.
             if not torch.allclose(tensors[name].float().cpu(), expected, atol=2e-3):
                 raise UserError(f"{name} of the VAE's weights is not the Haar wavelet that this engine computes")
-        return {name: tensor for name, tensor in tensors.items() if name not in filters}
+        layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+        return {
+            name: tensor.contiguous(memory_format=layouts.get(tensor.dim(), torch.contiguous_format))
+            for name, tensor in tensors.items()
+            if name not in filters
+        }
 
 
 def as_plan(tiles: Tiles | Plan | None) -> Plan:

@@ -84,8 +84,8 @@ class Decoder(nn.Module):
 
     def early(self, latents: Tensor, state: ChunkState) -> Tensor:
         """(B, latent_dim, T, h, w) -> (B, width, T, h, w)."""
-        latents = latents.contiguous(memory_format=torch.channels_last_3d)  # and so is all that follows
-        return run(self.mid, self.conv_in(latents, state), state)
+        pieces = self.conv_in.prepare(latents, state, _channels_last)
+        return run(self.mid, self.conv_in(pieces, state), state)
 
     def late_needs(self, rows: Span) -> Span:
         """Rows of latent cells that rows of pixels depend on through `late`; may reach beyond the frame."""
@@ -122,6 +122,11 @@ class Decoder(nn.Module):
         bands = self.conv_out(x)
         del x
         return inverse_haar3d(bands, state.first, dtype, low=low)
+
+
+def _channels_last(x: Tensor, state: ChunkState) -> Tensor:
+    """As all that follows is, too."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _halved(rows: Span) -> Span:

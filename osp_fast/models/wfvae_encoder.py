@@ -83,4 +83,4 @@ class Encoder(nn.Module):
     def late(self, x: Tensor, state: ChunkState) -> Tensor:
         """Whole frames of `early` -> mean and log-variance, (B, 2 * latent_dim, T', H/8, W/8)."""
         x = run(self.mid, x, state)
-        return self.conv_out(self.norm_out(x, silu=True), state)
+        return self.conv_out(self.conv_out.prepare(x, state, self.norm_out.and_silu), state)

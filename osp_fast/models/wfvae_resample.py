@@ -154,4 +154,4 @@ class Upsample3d(nn.Module):
 
     def forward(self, x: Tensor, state: ChunkState) -> Tensor:
         """(B, C, T, H, W) -> (B, C, T', 2H, 2W)."""
-        return self.conv(self.interpolation(x, state), state)
+        return self.conv(self.conv.prepare(x, state, self.interpolation, last_frames=1), state)

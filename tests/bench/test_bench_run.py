@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from osp_fast.kernels import channel_norm_spec
+from osp_fast.kernels import causal_conv3d_launch, channel_norm_spec
 from osp_fast.kernels import skiparse_attention_spec as attention
 from osp_fast.kernels.spec import Shape, Tunable, UnsupportedCall
 
 from bench import measure, run, tune, verify
-from bench.accuracy import relative_error
+from bench.accuracy import exact_float32, relative_error
 from bench.baselines import Baseline, Unavailable
 from bench.measure import direction_calls, input_set_count
 from bench.report import report_text
@@ -318,3 +318,10 @@ def test_tuning_times_the_kernel_that_it_changes(spec, sizes, monkeypatch):
 def test_tuning_needs_candidates(toy):
     with pytest.raises(UserError, match="--tune: toy has no candidates"):
         tune.check_tunable([(toy.SPEC, toy.SPEC.shapes[0])])
+
+
+def test_verify_multiplies_float32_exactly():
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        with exact_float32():
+            assert causal_conv3d_launch.precision() == "ieee"
+        assert causal_conv3d_launch.precision() == "tf32"

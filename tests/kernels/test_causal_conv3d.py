@@ -87,38 +87,32 @@ def test_reference_in_chunks_equals_the_whole(stride):
     batch=st.integers(1, 2),
     cached=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16]),
-    taps=st.booleans(),
 )
-@settings(max_examples=80)
-def test_library(layer, channels, out_channels, size, batch, cached, dtype, taps):
+@settings(max_examples=60)
+def test_library(layer, channels, out_channels, size, batch, cached, dtype):
     size = (max(size[0], steps_of(layer[1]).time), *size[1:])  # a chunk that gives a frame
     arguments = draw_layer(*layer, channels, out_channels, size, batch, cached, dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        if taps:
-            patch.setattr(library, "PRODUCTS_PER_FRAME", 0)
-        out = causal_conv3d(**arguments, path="library")
+    out = causal_conv3d(**arguments, path="library")
     assert out.dtype == dtype and out.is_contiguous(memory_format=LAST)
     tolerance = 1e-12 if dtype == torch.float64 else SPEC.tolerances[dtype][0]
     assert relative(out, in_float64(arguments)) < tolerance
 
 
 @pytest.mark.parametrize("size", [(3, 4, 6), (2, 7, 5)])
-@pytest.mark.parametrize("layer", LAYERS[3:])
-def test_library_crops_what_it_does_not_pad(layer, size):
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer[0][0] > 1])
+def test_library_lays_frames_together_and_crops_what_it_does_not_pad(layer, size):
+    """In float32, which it sums over taps."""
     arguments = draw_layer(*layer, 6, 5, size)
     arguments["residual"] = None
-    past = list(arguments.get("cache", []))
+    past = list(arguments["cache"])
     given = (arguments[name] for name in ("x", "weight", "bias"))
     out = library._by_frames(*given, steps_of(layer[1]), past, crops=True)
     assert relative(out, in_float64(arguments)) < 1e-6
 
 
-@pytest.fixture(params=["triton", "library", "taps"])
-def path(request, monkeypatch):
-    """Each path, and the library where it sums over taps, which it leaves to larger frames."""
-    if request.param == "taps":
-        monkeypatch.setattr(library, "PRODUCTS_PER_FRAME", 0)
-    return "triton" if request.param == "triton" else "library"
+@pytest.fixture(params=["triton", "library"])
+def path(request):
+    return request.param
 
 
 # channels, output channels, (frames, rows, columns), batch, cached: in the interpreter a block is 4 x 8 pixels, 32
@@ -224,9 +218,7 @@ def test_gradients(path, layer, cached):
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("past", [0, 1, 2])
-@pytest.mark.parametrize("products", [0, library.PRODUCTS_PER_FRAME])
-def test_library_gradcheck(stride, past, products, monkeypatch):
-    monkeypatch.setattr(library, "PRODUCTS_PER_FRAME", products)
+def test_library_gradcheck(stride, past):
     x = torch.randn(1, 2, 3, 4, 2).double().requires_grad_()
     weight = torch.randn(2, 2, 3, 3, 3).double().requires_grad_()
     frames = [torch.randn(1, 2, 4, 2).double().requires_grad_() for _ in range(past)]
@@ -283,6 +275,32 @@ def test_other_layouts():
     )
     for path in ("triton", "library"):
         assert relative(causal_conv3d(x, weight, cache=[x[:, :, 0]] * 2, path=path), expected) < 1e-6
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kernel, stride", LAYERS)
+def test_written_into_frames_of_a_clip(path, kernel, stride, batch):
+    arguments = draw_layer(kernel, stride, 8, 5, (4, 5, 7), batch)
+    expected = in_float64(arguments)
+    _, channels, frames, height, width = expected.shape
+    clip = torch.full((batch, frames + 3, height, width, channels), 7.0).movedim(-1, 1)
+    found = causal_conv3d(**arguments, path=path, out=clip[:, :, 1 : frames + 1])
+    assert found.data_ptr() == clip[:, :, 1].data_ptr() and relative(found, expected) < 1e-6
+    assert (clip[:, :, 0] == 7).all() and (clip[:, :, frames + 1 :] == 7).all()
+
+
+def test_what_cannot_be_written_into(path):
+    arguments = draw_layer((3, 3, 3), 1, 8, 5, (2, 5, 7))
+    out = in_float64(arguments).float()
+    with pytest.raises(ValueError, match="must be"):
+        causal_conv3d(**arguments, path=path, out=out[:, :, :1])
+    with pytest.raises(ValueError, match="must be"):
+        causal_conv3d(**arguments, path=path, out=out.double())
+    with pytest.raises(ValueError, match="whole frames"):
+        causal_conv3d(**arguments, path=path, out=out.contiguous())
+    arguments["weight"].requires_grad_()
+    with pytest.raises(ValueError, match="no gradients"):
+        causal_conv3d(**arguments, path=path, out=out.contiguous(memory_format=LAST))
 
 
 def test_a_weight_of_images():

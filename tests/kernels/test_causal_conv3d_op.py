@@ -182,8 +182,9 @@ def test_the_table_has_a_row_for_every_call():
             for kernel in KERNELS:
                 for channels, out_channels in ((8, 512), (24, 128), (128, 24), (128, 128), (512, 640)):
                     row = serving_row(arch, dtype, channels, out_channels, kernel)
-                    wide = min(channels, out_channels) >= 64 and dtype.itemsize == 2 and kernel[1] == 3
-                    assert row.path == ("triton" if wide and arch in (80, 90, 100) else "library")
+                    wide = kernel[0] == 3 or (min(channels, out_channels) >= 64 and kernel[1] == 3)
+                    triton = wide and dtype.itemsize == 2 and arch >= 80
+                    assert row.path == ("triton" if triton else "library")
     assert all(row.reason for row in SERVES)
     with pytest.raises(ValueError, match="serves no"):
         serving_row(90, torch.int8, 8, 8, (3, 3, 3))

@@ -1,13 +1,17 @@
-"""WF-VAE through the Triton kernels, in the interpreter, against recorded numbers."""
+"""WF-VAE through the Triton kernels for norms and wavelets, in the interpreter, against recorded numbers.
+
+Its convolutions, which the interpreter is slow at, are in test_wfvae_in_place.py.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
-from osp_fast.kernels import channel_norm_launch
+from osp_fast.kernels import causal_conv3d, channel_norm_launch
 from osp_fast.kernels.channel_norm_launch import pixel_rows
 from safetensors.torch import load_file
 
+from osp_fast.models import wfvae_layers
 from osp_fast.models.wfvae import WFVAE
 
 GOLDEN = Path(__file__).parents[1] / "golden/vae"
@@ -20,6 +24,8 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.fixture(autouse=True)
 def triton_path(monkeypatch):
     monkeypatch.setenv("OSP_FAST_KERNELS", "triton")
+    for module in (wfvae_layers, causal_conv3d):
+        monkeypatch.setattr(module, "serving_path", lambda *call: "library")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,11 @@
-"""Convolutions in chunks against the plain causal convolution."""
+"""Sums over taps in chunks against the plain causal convolution."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from osp_fast.kernels.causal_conv3d import causal_conv3d_ref
-
-from osp_fast.models.wfvae_conv import causal_conv3d, frame_conv, point_conv
+from osp_fast.kernels.causal_conv3d import causal_conv3d_ref, steps_of
+from osp_fast.kernels.causal_conv3d_sums import convolve_frames, sum_of_chunk
 
 CHUNKS = {1: st.lists(st.integers(1, 4), min_size=1, max_size=4)}
 CHUNKS[2] = st.tuples(st.sampled_from([1, 3, 5]), st.lists(st.sampled_from([2, 4]), max_size=3)).map(
@@ -26,7 +25,7 @@ def test_chunks_equal_the_reference(strided_chunks, batch):
     before, outs, carry = x.clone(), [], None
     for number, part in enumerate(x.split(lengths, dim=2)):
         last = number == len(lengths) - 1
-        out, carry = causal_conv3d(part, weight, bias, stride, carry, last)
+        out, carry = sum_of_chunk(part, weight, bias, steps_of(stride), carry, last)
         outs.append(out)
         assert (carry is None) == last
     torch.testing.assert_close(torch.cat(outs, dim=2), causal_conv3d_ref(x, weight, bias, stride)[0])
@@ -35,16 +34,16 @@ def test_chunks_equal_the_reference(strided_chunks, batch):
 
 def test_what_is_carried_owns_its_memory():
     x = noise(1, 3, 8, 4, 6)
-    _, carry = causal_conv3d(x, noise(5, 3, 3, 3, 3), None)
+    _, carry = sum_of_chunk(x, noise(5, 3, 3, 3, 3), None, steps_of(1))
     assert len(carry) == 2
     assert all(part.untyped_storage().nbytes() == part.numel() * 8 for part in carry)
 
 
 def test_a_chunk_that_gives_nothing_is_refused():
     x, weight = noise(1, 3, 3, 4, 6), noise(5, 3, 3, 3, 3)
-    _, carry = causal_conv3d(x, weight, None, 2)
+    _, carry = sum_of_chunk(x, weight, None, steps_of(2))
     with pytest.raises(ValueError, match="1 frames is too short"):
-        causal_conv3d(x[:, :, :1], weight, None, 2, carry)
+        sum_of_chunk(x[:, :, :1], weight, None, steps_of(2), carry)
 
 
 def test_gradients():
@@ -52,8 +51,8 @@ def test_gradients():
     leaves = [part.requires_grad_() for part in (x, weight, bias)]
 
     def in_chunks(x, weight, bias, stride):
-        first, carry = causal_conv3d(x[:, :, :3], weight, bias, stride)
-        return torch.cat((first, causal_conv3d(x[:, :, 3:], weight, bias, stride, carry, True)[0]), dim=2)
+        first, carry = sum_of_chunk(x[:, :, :3], weight, bias, steps_of(stride))
+        return torch.cat((first, sum_of_chunk(x[:, :, 3:], weight, bias, steps_of(stride), carry, True)[0]), dim=2)
 
     for stride in (1, 2):
         found = torch.autograd.grad(in_chunks(*leaves, stride).square().sum(), leaves)
@@ -68,6 +67,4 @@ def test_convolutions_of_frames():
         expected = causal_conv3d_ref(x, weight[:, :, None], bias, 1)[0]
         if stride == 2:  # windows that begin at even rows and columns
             expected = expected[..., 1::2, 1::2]
-        torch.testing.assert_close(frame_conv(x, weight, bias, stride), expected)
-    weight = weight[:, :, 1:2, 1:2, None]
-    torch.testing.assert_close(point_conv(x, weight, bias), torch.nn.functional.conv3d(x, weight, bias))
+        torch.testing.assert_close(convolve_frames(x, weight, bias, stride), expected)
