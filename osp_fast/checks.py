@@ -54,6 +54,8 @@ def check_train(config: TrainConfig) -> list[str]:
         notices.append("--lr_warmup_steps has no effect with --lr_scheduler constant: use constant_with_warmup")
     if run.train_sp_batch_size != 1 and run.sp_size == 1:
         notices.append("--train_sp_batch_size has no effect with --sp_size 1; --train_batch_size counts")
+    if data.cache_variants != 1 and data.latent_cache is None:
+        notices.append("--cache_variants has no effect without --latent_cache")
     if run.resume_from_checkpoint and config.model.pretrained:
         notices.append("--resume_from_checkpoint overrides --pretrained when a checkpoint is found")
     return notices

@@ -90,6 +90,8 @@ class DataConfig:
     dataloader_num_workers: int = flag(4, "clips decoded at once, each in a process of its own", at_least=1)
     decode_timeout: float = flag(60.0, "seconds that the decoding of one clip may take", above=0, at_most=86_400)
     max_bad_samples: int = flag(100, "stop training when more files than this are broken", at_least=0)
+    latent_cache: str | None = flag(None, "folder of latents and text states that osp_fast.encode makes for training")
+    cache_variants: int = flag(1, "windows of frames and captions of each clip in --latent_cache", at_least=1)
 
 
 @dataclass

@@ -24,6 +24,15 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def rank_device(name: str) -> torch.device:
+    """`resolve_device`, where torchrun's LOCAL_RANK says which of the machine's GPUs auto and cuda are."""
+    local = os.environ.get("LOCAL_RANK")
+    device = resolve_device(name)
+    if local is None or device.type != "cuda" or device.index is not None:
+        return device
+    return resolve_device(f"cuda:{local}")
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """`--dtype`: auto is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":

@@ -23,10 +23,11 @@ from osp_fast.models.attention_backends import resolve_attention
 from osp_fast.progress import Progress
 from osp_fast.training.build import (
     build_dit,
-    build_text_encoder,
     build_vae,
     check_folders,
+    check_text_encoder,
     compute_dtype,
+    load_text_encoder,
     set_determinism,
     set_precision,
 )
@@ -34,6 +35,7 @@ from osp_fast.training.guards import StopSignals, refuse_parallel_runs
 from osp_fast.training.loop import Trainer, prepare_output
 from osp_fast.training.metrics import MetricsLog
 from osp_fast.training.place import clips_per_step, plan_summary, starting_point, steps_per_epoch
+from osp_fast.training.precompute import open_cache
 from osp_fast.training.step import ClipLoss
 
 
@@ -64,6 +66,7 @@ def train(config: TrainConfig) -> int:
         say(f"{group}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
     plan = load_plan(config.data, run.seed, say)
     say(plan_summary(plan))
+    cache = None if config.data.latent_cache is None else open_cache(config, plan, say)
     state = starting_point(config, plan, checkpoint, say)
     save_settings(config)
     total_steps = run.max_train_steps or run.num_train_epochs * steps_per_epoch(plan, config)
@@ -74,8 +77,9 @@ def train(config: TrainConfig) -> int:
     set_precision(config.model)
     set_determinism(run.deterministic, device)
     dit = build_dit(config, checkpoint, device)
-    vae = build_vae(config.model, dit, device)
-    text_encoder = build_text_encoder(config.model, dit, device)
+    vae = build_vae(config.model, dit, device, weights=cache is None)
+    text = check_text_encoder(config.model, dit)
+    text_encoder = load_text_encoder(config.model, device) if cache is None else None
     size = sum(parameter.numel() for parameter in dit.parameters()) / 1e6
     say(f"{size:.1f} M parameters on {device}, {total_steps} steps")
     say(f"attention: {dit.attention_summary()}")
@@ -87,8 +91,9 @@ def train(config: TrainConfig) -> int:
         seed=run.seed,
         global_batch_size=clips_per_step(config),
         drop_caption=config.diffusion.cfg,
-        chinese=text_encoder.is_multilingual,
+        chinese=text.is_multilingual,
         rejects=RejectLog(output_dir / "rejects.jsonl", config.data.max_bad_samples),
+        cache=cache,
         epoch=state.epoch,
         first_batch=state.batch,
         stopped=lambda: stop.received is not None,

@@ -23,7 +23,7 @@ ALLOWED = {
     "pipeline": LEAVES | {"device", "models", "diffusion"},
     "assets": LEAVES | {"kernels", "models", "data"},
 }
-ENTRY_POINTS = {"train", "sample", "inspect", "demo", "reconstruct"}
+ENTRY_POINTS = {"train", "sample", "inspect", "demo", "reconstruct", "encode"}
 BENCH_MAY_NOT_IMPORT = {"tests", "kernels", "av", "PIL", "diffusers", "transformers", "tensorboard"}
 KERNELS_MAY_IMPORT = {"torch", "triton", "osp_fast"} | {
     "collections",

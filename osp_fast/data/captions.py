@@ -144,3 +144,9 @@ def training_caption(entry: Entry, draw: random.Random, drop_probability: float,
         notice = sentences[int(sentence * len(sentences))]
         caption = f"{notice} {caption}" if side < 0.5 else f"{caption} {notice}"
     return clean_caption(caption, chinese)
+
+
+def is_dropped(draw: random.Random, drop_probability: float) -> bool:
+    """Whether `training_caption` drops the caption with this draw."""
+    *_, dropped = (draw.random() for _ in range(4))
+    return dropped < drop_probability

@@ -4,9 +4,6 @@ Everything that is drawn for a clip depends on the seed, the epoch and the clip 
 decoder process (`video.py`); the order of results is the order of the epoch, whoever is faster.
 """
 
-import contextlib
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,9 +14,11 @@ from torch import Tensor
 
 from osp_fast.config import DataConfig
 from osp_fast.data.buckets import Bucket, Clip, Plan
-from osp_fast.data.captions import training_caption
+from osp_fast.data.captions import is_dropped, training_caption
 from osp_fast.data.clip_request import ClipRequest, DecodeError
+from osp_fast.data.crew import PREFETCH, Crew
 from osp_fast.data.frames import frame_indices
+from osp_fast.data.latent_cache import ENCODE, LatentCache, Missing, variant_caption, variant_frames
 from osp_fast.data.order import epoch_batches, rank_share
 from osp_fast.data.rejects import RejectLog
 from osp_fast.data.resize import resize_and_crop
@@ -28,9 +27,7 @@ from osp_fast.data.video import Decoder
 from osp_fast.errors import UserError
 from osp_fast.seeding import python_random
 
-PREFETCH = 2  # clips per worker that are decoded ahead
 DECODER_THREADS = 16  # at most, for one clip
-CLOSE_TIMEOUT_S = 10.0
 STOP_POLL_S = 0.2
 NAMED = 3  # files named in an error
 
@@ -39,15 +36,19 @@ NAMED = 3  # files named in an error
 class LoadedClip:
     """A clip ready for the VAE. `slot` is its place in the global batch, `clip_index` its place in the plan.
 
-    `pixels` is uint8 (3, T, H, W), RGB, of the bucket's size; `caption` is cleaned, and "" where it was dropped.
+    `pixels` is uint8 (3, T, H, W), RGB, of the bucket's size; `caption` is cleaned, and "" where it was dropped. From a
+    latent cache come in the place of pixels the VAE's `moments`, mean and log-variance (2 * latent_dim, T', H/8, W/8),
+    and the caption's states, `text` (tokens, width).
     """
 
     slot: int
     clip_index: int
     path: str
     bucket: Bucket
-    pixels: Tensor
+    pixels: Tensor | None
     caption: str
+    moments: Tensor | None = None
+    text: Tensor | None = None
 
 
 @dataclass
@@ -67,7 +68,8 @@ class ClipLoader:
     A clip that cannot be decoded is replaced by another of its bucket (of another bucket if its own has no sound one),
     the same one whenever it happens, and noted in `rejects`. Iterating raises UserError when too many files are broken
     or none is sound; it ends when `stopped` turns true, also while it waits for a clip. Call `close` (or use the loader
-    as a context manager) to end threads and decoder processes.
+    as a context manager) to end threads and decoder processes. With a `cache`, which holds every clip of the plan,
+    nothing is decoded: moments and text states are read from it.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class ClipLoader:
         drop_caption: float,
         chinese: bool,
         rejects: RejectLog,
+        cache: LatentCache | None = None,
         rank: int = 0,
         world_size: int = 1,
         epoch: int = 0,
@@ -95,13 +98,14 @@ class ClipLoader:
         self._drop_caption = drop_caption
         self._chinese = chinese
         self._rejects = rejects
+        self._cache = cache
         self._rank, self._world_size = rank, world_size
         self._epoch, self._first_batch = epoch, first_batch
         self._stopped = stopped
         workers = config.dataloader_num_workers
         self._threads = max(1, min(DECODER_THREADS, usable_cores() // (workers * world_size)))
         self._broken: dict[str, str] = {}  # file -> why no clip of it can be decoded
-        self._crews: list[_Crew] = []
+        self._crews: list[Crew] = []
 
     def __enter__(self) -> "ClipLoader":
         return self
@@ -115,7 +119,7 @@ class ClipLoader:
             self._crews.pop().close()
 
     def __iter__(self) -> Iterator[StepBatch]:
-        crew = _Crew(self._config.dataloader_num_workers, self._config.decode_timeout, self._load)
+        crew = Crew(self._config.dataloader_num_workers, self._config.decode_timeout, self._load)
         self._crews.append(crew)
         share = self._global_batch_size // self._world_size
         ahead = max(PREFETCH * self._config.dataloader_num_workers, share)
@@ -167,7 +171,9 @@ class ClipLoader:
         while index is not None:
             clip = self._plan.clips[index]
             try:
-                pixels = self._pixels(decoder, clip, epoch, index)
+                if clip.entry.file in self._broken:
+                    raise DecodeError(self._broken[clip.entry.file])
+                return self._clip(decoder, clip, epoch, slot, index)
             except DecodeError as error:
                 if decoder.closed:
                     raise
@@ -176,10 +182,6 @@ class ClipLoader:
                 index = next(candidates, None)
                 substitute = None if index is None else self._plan.clips[index].entry.path
                 self._rejects.add(clip.entry.path, clip.entry.file, error.reason, substitute)
-                continue
-            draw = python_random("caption", self._seed, epoch, index)
-            caption = training_caption(clip.entry, draw, self._drop_caption, self._chinese)
-            return LoadedClip(slot, index, clip.entry.path, clip.bucket, pixels, caption)
         raise UserError(self._nothing_sound())
 
     def _candidates(self, epoch: int, clip_index: int) -> Iterator[int]:
@@ -198,23 +200,24 @@ class ClipLoader:
                 if index != clip_index and self._plan.clips[index].entry.file not in self._broken:
                     yield index
 
-    def _pixels(self, decoder: Decoder, clip: Clip, epoch: int, clip_index: int) -> Tensor:
-        """The clip's pixels (3, T, H, W) uint8; DecodeError if its file is known to be broken or turns out to be."""
-        entry = clip.entry
-        if entry.file in self._broken:
-            raise DecodeError(self._broken[entry.file])
-        draw = python_random("frames", self._seed, epoch, clip_index)
-        request = ClipRequest(
-            file=entry.file,
-            indices=tuple(frame_indices(entry, clip.bucket.frames, self._config, draw)),
-            rect=clip.geometry.source,
-            height=entry.height,
-            width=entry.width,
-            num_frames=entry.num_frames,
-            is_image=entry.is_image,
-            threads=self._threads,
-        )
-        return resize_and_crop(decoder.decode(request), clip.geometry, clip.bucket)
+    def _clip(self, decoder: Decoder, clip: Clip, epoch: int, slot: int, index: int) -> LoadedClip:
+        """A clip of the plan, decoded or from the cache; DecodeError if its file is broken."""
+        entry, draw = clip.entry, python_random("caption", self._seed, epoch, index)
+        if self._cache is None:
+            frames = frame_indices(
+                entry, clip.bucket.frames, self._config, python_random("frames", self._seed, epoch, index)
+            )
+            pixels = clip_pixels(decoder, clip, frames, self._threads)
+            caption = training_caption(entry, draw, self._drop_caption, self._chinese)
+            return LoadedClip(slot, index, entry.path, clip.bucket, pixels, caption)
+        variant = epoch % self._config.cache_variants
+        caption = "" if is_dropped(draw, self._drop_caption) else variant_caption(entry, variant, self._chinese)
+        try:
+            moments = self._cache.moments(clip, variant_frames(clip, variant, self._config))
+            text = self._cache.text(caption)
+        except Missing as error:
+            raise UserError(f"--latent_cache {self._cache.folder}: {entry.path}: {error}: {ENCODE}") from None
+        return LoadedClip(slot, index, entry.path, clip.bucket, None, caption, moments, text)
 
     def _nothing_sound(self) -> str:
         entries = [clip.entry for clip in self._plan.clips[:NAMED]]
@@ -226,47 +229,17 @@ class ClipLoader:
         )
 
 
-class _Crew:
-    """Worker threads with a decoder each. Daemons: a program that ends without `close` does not wait for them."""
-
-    def __init__(self, workers: int, timeout_s: float, load: Callable[[Decoder, int, int, int], LoadedClip]) -> None:
-        self._load = load
-        self._tasks: queue.SimpleQueue[tuple[Future, int, int, int] | None] = queue.SimpleQueue()
-        self._closing = threading.Lock()
-        self._closed = False
-        self._decoders = [Decoder(timeout_s) for _ in range(workers)]
-        self._threads = [threading.Thread(target=self._work, args=(each,), daemon=True) for each in self._decoders]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, epoch: int, slot: int, clip_index: int) -> "Future[LoadedClip]":
-        """The clip's future; cancelled if the crew is closed before it is loaded."""
-        future: Future[LoadedClip] = Future()
-        with self._closing:
-            if self._closed:
-                future.cancel()
-            else:
-                self._tasks.put((future, epoch, slot, clip_index))
-        return future
-
-    def close(self) -> None:
-        """End everything, also a decoder that hangs; what was not loaded yet never will be."""
-        with self._closing:
-            self._closed = True
-        with contextlib.suppress(queue.Empty):
-            while (task := self._tasks.get_nowait()) is not None:
-                task[0].cancel()
-        for _ in self._threads:
-            self._tasks.put(None)
-        for decoder in self._decoders:
-            decoder.close()
-        for thread in self._threads:
-            thread.join(CLOSE_TIMEOUT_S)
-
-    def _work(self, decoder: Decoder) -> None:
-        while (task := self._tasks.get()) is not None:
-            future, *place = task
-            try:
-                future.set_result(self._load(decoder, *place))
-            except Exception as error:  # raised again where the clip is due
-                future.set_exception(error)
+def clip_pixels(decoder: Decoder, clip: Clip, indices: list[int], threads: int) -> Tensor:
+    """These source frames of a clip, (3, T, H, W) uint8 of the bucket's size. Raises DecodeError."""
+    entry = clip.entry
+    request = ClipRequest(
+        file=entry.file,
+        indices=tuple(indices),
+        rect=clip.geometry.source,
+        height=entry.height,
+        width=entry.width,
+        num_frames=entry.num_frames,
+        is_image=entry.is_image,
+        threads=threads,
+    )
+    return resize_and_crop(decoder.decode(request), clip.geometry, clip.bucket)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,19 @@ from torch import Tensor, nn
 from osp_fast.errors import UserError
 
 ENCODER_CLASSES = {"mt5": "MT5EncoderModel", "t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
+T5_WIDTH = 512  # of a config.json that leaves it out, as transformers has it
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model")
+
+
+class TextEncoderFacts(NamedTuple):
+    """What a folder's config.json says.
+
+    width: of a state; is_multilingual: an mT5, whose captions keep their Chinese
+    """
+
+    model_type: str
+    width: int
+    is_multilingual: bool
 
 
 class TextEncoder(nn.Module):
@@ -21,13 +33,13 @@ class TextEncoder(nn.Module):
     `width` is the size of a state; `is_multilingual` tells an mT5, whose captions keep their Chinese.
     """
 
-    def __init__(self, tokenizer: Any, encoder: nn.Module, model_type: str, max_length: int):
+    def __init__(self, tokenizer: Any, encoder: nn.Module, facts: TextEncoderFacts, max_length: int):
         super().__init__()
         self.tokenizer = tokenizer
         self.encoder = encoder.eval().requires_grad_(False)
         self.max_length = max_length
-        self.width: int = encoder.config.d_model
-        self.is_multilingual = model_type in ("mt5", "umt5")
+        self.width = facts.width
+        self.is_multilingual = facts.is_multilingual
 
     @classmethod
     def from_pretrained(
@@ -45,13 +57,13 @@ class TextEncoder(nn.Module):
         if dtype not in (torch.float32, torch.bfloat16):
             raise UserError(f"the text encoder runs in float32 or bfloat16, not {dtype}: T5 overflows in float16")
         folder = find_folder(name, cache_dir)
-        model_type = _model_type(folder)
+        facts = read_facts(folder)
         # Without its files transformers would build an empty tokenizer, which turns every word into <unk>.
         if not any((folder / file).is_file() for file in TOKENIZER_FILES):
             raise UserError(f"{folder}: the tokenizer is missing ({' or '.join(TOKENIZER_FILES)}): copy it there")
         import transformers
 
-        encoder_class = getattr(transformers, ENCODER_CLASSES[model_type])
+        encoder_class = getattr(transformers, ENCODER_CLASSES[facts.model_type])
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # as below: no common base, each means a broken or missing file
@@ -74,7 +86,7 @@ class TextEncoder(nn.Module):
         if missing or info["mismatched_keys"]:
             name = missing[0] if missing else next(iter(info["mismatched_keys"]))
             raise UserError(f"{folder}: the weights do not fit the encoder ({name}): copy the folder again")
-        return cls(tokenizer, encoder.to(device), model_type, max_length)
+        return cls(tokenizer, encoder.to(device), facts, max_length)
 
     @torch.no_grad()
     def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -106,15 +118,17 @@ def find_folder(name: str | Path, cache_dir: str | Path | None = None) -> Path:
     raise UserError(f"no model folder (config.json) at {looked}: download the model by hand and name its folder")
 
 
-def _model_type(folder: Path) -> str:
+def read_facts(folder: Path) -> TextEncoderFacts:
+    """What config.json of a transformers folder says. Raises `UserError`."""
     path = folder / "config.json"
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+        values = json.loads(path.read_text(encoding="utf-8"))
+        model_type, width = values["model_type"], int(values.get("d_model", T5_WIDTH))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: model_type cannot be read ({error!r}): copy the folder again") from None
+        raise UserError(f"{path}: model_type or d_model cannot be read ({error!r}): copy the folder again") from None
     if model_type not in ENCODER_CLASSES:
         raise UserError(f"{path}: model_type {model_type!r} is not a T5 or mT5 encoder")
-    return model_type
+    return TextEncoderFacts(model_type, width, model_type in ("mt5", "umt5"))
 
 
 @contextmanager

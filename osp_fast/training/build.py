@@ -1,7 +1,7 @@
 """The networks of a training run, on its device and in its precision."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,11 +10,14 @@ from typing import Any
 import torch
 
 from osp_fast.config import ModelConfig, TrainConfig
+from osp_fast.device import memory_allowance
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DIT_CONFIGS, DiT, DiTConfig
-from osp_fast.models.text_encoder import TextEncoder, find_folder
+from osp_fast.models.text_encoder import TextEncoder, TextEncoderFacts, find_folder, read_facts
 from osp_fast.models.wfvae import WFVAE
+from osp_fast.models.wfvae_plan import Planner
 
+TILING_FRAMES = 8  # latent frames encoded at once, at most, with --enable_tiling
 # With these, cuBLAS adds up in the same order each time, also where several streams share its workspace.
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 # Flags that replace values of a DiT folder's config.json.
@@ -104,30 +107,63 @@ def _check_architecture(folder: Path, model: ModelConfig) -> None:
             )
 
 
-def build_vae(model: ModelConfig, dit: DiT, device: torch.device) -> WFVAE:
-    """The VAE, frozen: bf16 with `--mixed_precision bf16` unless `--vae_fp32`. Raises `UserError`."""
-    dtype = torch.float32 if model.vae_fp32 else compute_dtype(model)
+def vae_dtype(model: ModelConfig) -> torch.dtype:
+    """bf16 with `--mixed_precision bf16` unless `--vae_fp32`."""
+    return torch.float32 if model.vae_fp32 else compute_dtype(model)
+
+
+def load_vae(model: ModelConfig, device: torch.device) -> WFVAE:
+    """The VAE, frozen. Raises `UserError`."""
     with naming("--ae_path"):
-        vae = WFVAE.from_pretrained(find_folder(model.ae_path, model.cache_dir), dtype, device)
+        vae = WFVAE.from_pretrained(find_folder(model.ae_path, model.cache_dir), vae_dtype(model), device)
+    return vae.requires_grad_(False).eval()
+
+
+def vae_planner(
+    vae: WFVAE, model: ModelConfig, device: torch.device, report: Callable[[str], None] | None = None
+) -> Planner:
+    """Plans of the VAE's work within `--vae_memory`."""
+    memory = model.vae_memory
+    allowance = (lambda held: memory_allowance(device, held)) if memory is None else (lambda held: memory)
+    return Planner(vae, device, allowance, TILING_FRAMES if model.enable_tiling else None, report)
+
+
+def build_vae(model: ModelConfig, dit: DiT, device: torch.device, weights: bool = True) -> WFVAE:
+    """The VAE, frozen, if it fits the DiT; weights: whether it is to encode, or only to know its scale and shift.
+
+    Raises `UserError`.
+    """
+    if weights:
+        vae = load_vae(model, device)
+    else:
+        with naming("--ae_path"), torch.device("meta"):
+            vae = WFVAE(WFVAE.read_config(find_folder(model.ae_path, model.cache_dir))).requires_grad_(False)
     if vae.config.latent_dim != dit.config.in_channels:
         raise UserError(
             f"--ae_path {model.ae_path}: latent_dim is {vae.config.latent_dim}, but --model {model.model} takes"
             f" {dit.config.in_channels} channels: name the VAE that belongs to it"
         )
-    return vae.requires_grad_(False).eval()
+    return vae
 
 
-def build_text_encoder(model: ModelConfig, dit: DiT, device: torch.device) -> TextEncoder:
+def load_text_encoder(model: ModelConfig, device: torch.device) -> TextEncoder:
     """The text encoder, frozen, in bf16 with `--mixed_precision bf16`. Raises `UserError`."""
     name, dtype = model.text_encoder_name_1, compute_dtype(model)
     with naming("--text_encoder_name_1"):
-        encoder = TextEncoder.from_pretrained(name, dtype, device, model.model_max_length, model.cache_dir)
-    if encoder.width != dit.config.caption_channels:
+        return TextEncoder.from_pretrained(name, dtype, device, model.model_max_length, model.cache_dir)
+
+
+def check_text_encoder(model: ModelConfig, dit: DiT) -> TextEncoderFacts:
+    """What the text encoder's folder says of it. Raises `UserError` unless it fits the DiT."""
+    name = model.text_encoder_name_1
+    with naming("--text_encoder_name_1"):
+        facts = read_facts(find_folder(name, model.cache_dir))
+    if facts.width != dit.config.caption_channels:
         raise UserError(
-            f"--text_encoder_name_1 {name}: its states are {encoder.width} wide, but --model {model.model} takes"
+            f"--text_encoder_name_1 {name}: its states are {facts.width} wide, but --model {model.model} takes"
             f" {dit.config.caption_channels}: name the encoder that belongs to it"
         )
-    return encoder
+    return facts
 
 
 @contextmanager

@@ -41,6 +41,8 @@ OTHER_DATA = (
 )
 # A user may well change these on purpose; the run goes on with the new value, and says so.
 ON_PURPOSE = (
+    "data.latent_cache",
+    "data.cache_variants",
     "diffusion.snr_gamma",
     "diffusion.noise_offset",
     "diffusion.weighting_scheme",
@@ -65,6 +67,9 @@ ON_PURPOSE = (
     "run.ema_decay",
     "run.ema_start_step",
 )
+
+# Settings that checkpoints of earlier versions do not hold, and what these did.
+NEWER = {"data.latent_cache": None, "data.cache_variants": 1}
 
 
 def check_resume(state: TrainerState, config: TrainConfig, data_fingerprint: str, name: str) -> list[str]:
@@ -112,8 +117,8 @@ class _Settings:
     def __getitem__(self, field: str) -> Any:
         group, name = field.split(".")
         try:
-            return self._config[group][name]
-        except (KeyError, TypeError):
+            return self._config[group].get(name, NEWER[field]) if field in NEWER else self._config[group][name]
+        except (KeyError, TypeError, AttributeError):
             raise UserError(f"{self._source}: config.{field} is missing: resume from another checkpoint") from None
 
     @property

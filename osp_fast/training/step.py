@@ -16,24 +16,26 @@ from torch import Tensor
 
 from osp_fast.config import TrainConfig
 from osp_fast.data.dataset import LoadedClip
-from osp_fast.device import memory_allowance
+from osp_fast.data.latent_cache import padded_states
 from osp_fast.diffusion.schedule import DiffusionObjective, draw_noise
 from osp_fast.models.dit import DiT
 from osp_fast.models.text_encoder import TextEncoder
-from osp_fast.models.wfvae import WFVAE
-from osp_fast.models.wfvae_plan import Planner, Task
+from osp_fast.models.wfvae import WFVAE, Posterior
+from osp_fast.models.wfvae_plan import Task
 from osp_fast.seeding import torch_generator
-
-TILING_FRAMES = 8  # latent frames encoded at once, at most, with --enable_tiling
+from osp_fast.training.build import vae_planner
 
 
 class ClipLoss:
     """Callable: clips and the step's number -> the loss of each clip, (B,) float32, with gradients for the DiT.
 
-    The VAE and the text encoder run without gradients, in the dtype that they were loaded in.
+    The VAE and the text encoder run without gradients, in the dtype that they were loaded in. Clips from a latent cache
+    need no text encoder, and of the VAE only its scale and shift.
     """
 
-    def __init__(self, dit: DiT, vae: WFVAE, text_encoder: TextEncoder, config: TrainConfig, device: torch.device):
+    def __init__(
+        self, dit: DiT, vae: WFVAE, text_encoder: TextEncoder | None, config: TrainConfig, device: torch.device
+    ):
         self.dit = dit
         self.vae = vae
         self.text_encoder = text_encoder
@@ -42,14 +44,8 @@ class ClipLoss:
         self._seed = config.run.seed
         self._noise_offset = config.diffusion.noise_offset
         self._bf16 = config.model.mixed_precision == "bf16"
-        memory = config.model.vae_memory
-        self._plan = Planner(
-            vae,
-            device,
-            (lambda held: memory_allowance(device, held)) if memory is None else (lambda held: memory),
-            TILING_FRAMES if config.model.enable_tiling else None,
-            report=lambda line: print(line, file=sys.stderr, flush=True),
-        )
+        self._max_length = config.model.model_max_length
+        self._plan = vae_planner(vae, config.model, device, lambda line: print(line, file=sys.stderr, flush=True))
 
     def __call__(self, clips: Sequence[LoadedClip], step: int) -> Tensor:
         latents = self.encode(clips, step)
@@ -61,8 +57,7 @@ class ClipLoss:
         noise_bcthw, _ = pad_to_largest(noise)
         timesteps_b = self._timesteps(clips, step)
         noisy_bcthw = self.objective.corrupt(latents_bcthw, noise_bcthw, timesteps_b)
-        with torch.no_grad():
-            text, text_mask = self.text_encoder([clip.caption for clip in clips])
+        text, text_mask = self._text(clips)
         with self._autocast():
             prediction_bcthw = self.dit(noisy_bcthw, timesteps_b, text, text_mask, latent_mask_bthw)
         return self.objective.loss(prediction_bcthw, latents_bcthw, noise_bcthw, timesteps_b, latent_mask_bthw)
@@ -75,17 +70,28 @@ class ClipLoss:
         """
         by_size: dict[tuple[int, ...], list[int]] = {}
         for index, clip in enumerate(clips):
-            by_size.setdefault(tuple(clip.pixels.shape), []).append(index)
+            by_size.setdefault(tuple(_contents(clip).shape), []).append(index)
         latents: dict[int, Tensor] = {}
         for indices in by_size.values():
-            pixels = torch.stack([clips[index].pixels for index in indices]).to(self.device, non_blocking=True)
-            batch, _, *size = pixels.shape
-            posterior = self.vae.encode(pixels, self._plan(Task("encode", *size, batch)))
+            contents = torch.stack([_contents(clips[index]) for index in indices]).to(self.device, non_blocking=True)
+            if contents.dtype == torch.uint8:
+                batch, _, *size = contents.shape
+                posterior = self.vae.encode(contents, self._plan(Task("encode", *size, batch)))
+            else:
+                posterior = Posterior(*contents.chunk(2, dim=1))
             shape = posterior.mean.shape[1:]
             drawn = [self._noise("posterior", shape, step, clips[index].slot) for index in indices]
             raw = posterior.sample(torch.stack(drawn))
             latents.update(zip(indices, self.vae.normalize(raw).unbind(0), strict=True))
         return [latents[index] for index in range(len(clips))]
+
+    @torch.no_grad()
+    def _text(self, clips: Sequence[LoadedClip]) -> tuple[Tensor, Tensor]:
+        """States (B, tokens, width) of the captions and their mask (B, tokens)."""
+        if self.text_encoder is not None:
+            return self.text_encoder([clip.caption for clip in clips])
+        text, mask = padded_states([clip.text for clip in clips], self._max_length)
+        return text.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
 
     def _noise(self, purpose: str, shape: Sequence[int], step: int, slot: int, noise_offset: float = 0.0) -> Tensor:
         generator = torch_generator(purpose, self._seed, step, slot)
@@ -97,6 +103,11 @@ class ClipLoss:
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
+
+
+def _contents(clip: LoadedClip) -> Tensor:
+    """Pixels (3, T, H, W), uint8, or the moments from a latent cache."""
+    return clip.pixels if clip.pixels is not None else clip.moments
 
 
 def pad_to_largest(clips: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,101 @@
+"""Latents and text states ahead of training: python -m osp_fast.encode <the flags of training> --latent_cache FOLDER.
+
+Run it with the flags of the training run, alone or under torchrun; run it again after an interruption or a change of
+the data, and it encodes what is missing. Training with the same flags then reads the folder, and loads neither the VAE
+nor the text encoder.
+"""
+
+import gc
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from osp_fast.assets.build import ensure_tiny
+from osp_fast.cli import parse_train, train_parser
+from osp_fast.config import TINY_FOLDER, TrainConfig
+from osp_fast.data.buckets import load_plan
+from osp_fast.data.cache_shards import locked
+from osp_fast.data.identity import Identities
+from osp_fast.data.latent_cache import SHARDS, LatentCache
+from osp_fast.device import rank_device
+from osp_fast.errors import UserError, run_entry_point
+from osp_fast.training.build import check_folders, load_text_encoder, load_vae, set_precision
+from osp_fast.training.guards import StopSignals
+from osp_fast.training.place import plan_summary
+from osp_fast.training.precompute import Share, encode_captions, encode_clips, networks_of, prepare_folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Encode as the flags say. Raises `UserError`, and SystemExit when a signal ended the run (130 or 143)."""
+    config, _ = parse_train(argv, train_parser("osp_fast.encode"))
+    if config.data.latent_cache is None:
+        raise UserError("--latent_cache is missing: name the folder that latents and text states go to")
+    if config.run.preset == "tiny":
+        ensure_tiny(TINY_FOLDER)
+    code = encode(config, share_of_process())
+    if code:
+        sys.exit(code)
+
+
+def share_of_process() -> Share:
+    """This process's part of the work, as torchrun's environment says. Raises `UserError`."""
+    try:
+        share = Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    except ValueError:
+        raise UserError("RANK and WORLD_SIZE must be whole numbers: start with torchrun, or unset them") from None
+    if not 0 <= share.rank < share.world:
+        raise UserError(f"RANK {share.rank} is not one of WORLD_SIZE {share.world}: start with torchrun, or unset them")
+    return share
+
+
+def encode(config: TrainConfig, share: Share) -> int:
+    """Encode this rank's part of what is missing. Returns the exit code: 0, or 130 or 143 after SIGINT or SIGTERM.
+
+    Raises:
+        UserError: anything that the user has to mend; what was encoded is kept.
+    """
+    device = rank_device(config.run.device)
+    check_folders(config.model)
+    plan = load_plan(config.data, config.run.seed, say if share.rank == 0 else None)
+    if share.rank == 0:
+        say(plan_summary(plan))
+    folder, networks, identities = Path(config.data.latent_cache), networks_of(config), Identities()
+    prepare_folder(folder, networks, identities, share.rank)
+    set_precision(config.model)
+    with locked(folder / SHARDS, share.rank), StopSignals() as stop:
+
+        def stopped() -> bool:
+            return stop.received is not None
+
+        cache = LatentCache(folder, identities)
+        try:
+            texts = encode_captions(
+                cache, plan, config, networks, share, lambda: load_text_encoder(config.model, device), stopped
+            )
+            gc.collect()  # the text encoder and the VAE are not in memory together
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            clips = encode_clips(
+                cache, plan, config, share, lambda: load_vae(config.model, device), device, stopped, say
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"a batch does not fit into the memory of {device}: lower --vae_memory") from error
+    say(
+        f"rank {share.rank}: {clips.encoded} clips and {texts.encoded} captions encoded, {clips.kept} and {texts.kept}"
+        f" were there, {clips.rejected} clips broken"
+    )
+    if stop.received is not None:
+        say(f"{stop.received.name}: stopped; go on with the same command")
+    return stop.exit_code
+
+
+def say(line: str) -> None:
+    """Print a line for the user on stderr, at once also into a pipe."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
