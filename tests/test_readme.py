@@ -21,7 +21,7 @@ def commands() -> list[str]:
 
 
 def test_there_are_commands():
-    assert {line.split()[2] for line in commands()} >= {"osp_fast.train", "osp_fast.sample"}
+    assert {line.split()[2] for line in commands()} >= {"osp_fast.train", "osp_fast.sample", "osp_fast.encode"}
 
 
 @pytest.mark.parametrize("command", commands())

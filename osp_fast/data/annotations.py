@@ -47,6 +47,12 @@ class Entry:
     crop: tuple[int, int, int, int] | None  # x0, x1, y0, y1
     cut: tuple[int, int] | None  # first usable frame, frame after the last one
     is_image: bool
+    root: str = ""  # DATA_ROOT as written
+
+    @property
+    def name(self) -> str:
+        """The path as the annotation has it, the same wherever the data are."""
+        return self.path.removeprefix(self.root).lstrip("/")
 
 
 class Dropped(Exception):
@@ -182,6 +188,7 @@ def parse_entry(record: Any, root: str, folder: str) -> Entry:
         crop=crop,
         cut=cut,
         is_image=is_image,
+        root=root,
     )
 
 

@@ -3,13 +3,13 @@
 What is stored of a clip: the VAE's mean and log-variance, channel behind channel, as training draws its own latent from
 them; of a caption: the text encoder's states of its real tokens. Both in the dtype that they were computed in.
 
-A clip's item is found by a key of all that its pixels depend on but the file: path, source frames, crop and size; the
-file is then compared with the record of the one that was encoded, by size and time, or contents. What all items depend
-on, the two networks and their dtypes, is in `cache.json`. So one folder may hold clips of several sizes and lengths,
-and nothing that has changed is ever read.
+A clip's item is found by a key of all that its pixels depend on but the file: its name in the annotation, source
+frames, crop and size; the file is then compared with the record of the one that was encoded, by size and time, or
+contents. What all items depend on, the two networks and their dtypes, is in `cache.json`. So one folder may hold clips
+of several sizes and lengths, data may move, and nothing that has changed is ever read.
 
 In an epoch a clip is used in its *variant* number epoch mod `--cache_variants`: a window of frames and a caption, drawn
-by the entry's path and that number, whatever the seed, the epoch and the place in the plan.
+by the entry's name and that number, whatever the seed, the epoch and the place in the plan.
 """
 
 import dataclasses
@@ -115,7 +115,7 @@ def _difference(stored: Any, wanted: Any, identities: Identities) -> str | None:
 
 def clip_key(clip: Clip, indices: list[int]) -> str:
     """A name for these source frames of an entry, cropped and resized as the plan says."""
-    parts = [clip.entry.path, indices, dataclasses.astuple(clip.geometry), tuple(clip.bucket)]
+    parts = [clip.entry.name, indices, dataclasses.astuple(clip.geometry), tuple(clip.bucket)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -126,13 +126,13 @@ def caption_key(caption: str) -> str:
 
 def variant_frames(clip: Clip, variant: int, config: DataConfig) -> list[int]:
     """The source frames of a clip's variant."""
-    draw = python_random("cached frames", clip.entry.path, variant)
+    draw = python_random("cached frames", clip.entry.name, variant)
     return frame_indices(clip.entry, clip.bucket.frames, config, draw)
 
 
 def variant_caption(entry: Entry, variant: int, chinese: bool) -> str:
     """The cleaned caption of an entry's variant."""
-    return training_caption(entry, python_random("cached caption", entry.path, variant), 0.0, chinese)
+    return training_caption(entry, python_random("cached caption", entry.name, variant), 0.0, chinese)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class LatentCache:
         self.identities = identities or Identities()
         self._clips: dict[str, list[_Item]] = {}
         self._texts: dict[str, tuple[Path, str]] = {}
-        self._paths: set[str] = set()
+        self._names: set[str] = set()
         for shard in shards(self.folder / SHARDS):
             for name, record in read_records(shard).items():
                 try:
@@ -167,7 +167,7 @@ class LatentCache:
         identity = FileIdentity(record["size"], record["mtime_ns"], record["sha256"])
         item = _Item(shard, name, identity, record.get("reject"), record.get("whole_file", True))
         self._clips.setdefault(record["key"], []).append(item)
-        self._paths.add(record["path"])
+        self._names.add(record["name"])
 
     def holds_text(self, caption: str) -> bool:
         return caption_key(caption) in self._texts
@@ -183,7 +183,7 @@ class LatentCache:
         """The item of a clip as its file is now. Raises `Missing`."""
         items = self._clips.get(clip_key(clip, indices))
         if items is None:
-            known = clip.entry.path in self._paths
+            known = clip.entry.name in self._names
             raise Missing(
                 "it was encoded with other frames, another crop or another size" if known else "it is not encoded"
             )
@@ -255,7 +255,7 @@ def windows(plan: Plan, config: DataConfig) -> Iterator[tuple[Clip, list[int], s
 
 def clip_record(clip: Clip, key: str, indices: list[int], identity: FileIdentity) -> dict[str, Any]:
     """The record of a clip's item; frames and crop stand in it for a reader, the key has them."""
-    record = {"kind": "clip", "key": key, "path": clip.entry.path, "bucket": str(clip.bucket)}
+    record = {"kind": "clip", "key": key, "name": clip.entry.name, "bucket": str(clip.bucket)}
     record |= {"frames": indices, "geometry": dataclasses.astuple(clip.geometry)}
     return record | dataclasses.asdict(identity)
 

@@ -42,7 +42,9 @@ def test_a_video(tmp_path):
         crop=(0, 640, 10, 470),
         cut=(5, 95),
         is_image=False,
+        root="root",
     )
+    assert read_one(tmp_path, record).name == "a.mp4"
 
 
 def test_an_image_has_one_frame_whatever_else_it_says(tmp_path):

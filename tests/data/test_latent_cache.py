@@ -34,9 +34,7 @@ from osp_fast.errors import UserError
 
 
 def entry_of(file, path="a.mp4", frames=40, captions=("a red square",)):
-    values = dict(path=path, file=str(file), captions=list(captions), height=48, width=64, num_frames=frames)
-    values |= dict(fps=24.0, aesthetic=None, crop=None, cut=None, is_image=frames == 1)
-    return Entry(**{name: value for name, value in values.items() if name in Entry.__dataclass_fields__})
+    return Entry(f"root/{path}", str(file), tuple(captions), 48, 64, frames, 24.0, None, None, None, False, "root")
 
 
 def clip_of(file, **options):
@@ -251,7 +249,7 @@ def test_variants_are_the_entrys_own():
     short = clip_of("b.mp4", path="b.mp4", frames=9)
     plan = Plan([clip, short], buckets={clip.bucket: [0, 1]})
     found = list(windows(plan, config))
-    assert [one.entry.path for one, *_ in found] == ["a.mp4"] * len(drawn) + ["b.mp4"]
+    assert [one.entry.path for one, *_ in found] == ["root/a.mp4"] * len(drawn) + ["root/b.mp4"]
     assert len({key for *_, key in found}) == len(found)
 
 
