@@ -23,9 +23,10 @@ from osp_fast.data.latent_cache import SHARDS, LatentCache
 from osp_fast.device import rank_device
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.training.build import check_folders, load_text_encoder, load_vae, set_precision
+from osp_fast.training.cached import networks_of
 from osp_fast.training.guards import StopSignals
 from osp_fast.training.place import plan_summary
-from osp_fast.training.precompute import Share, encode_captions, encode_clips, networks_of, prepare_folder
+from osp_fast.training.precompute import Share, encode_captions, encode_clips, prepare_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +64,7 @@ def encode(config: TrainConfig, share: Share) -> int:
     if share.rank == 0:
         say(plan_summary(plan))
     folder, networks, identities = Path(config.data.latent_cache), networks_of(config), Identities()
-    prepare_folder(folder, networks, identities, share.rank)
+    prepare_folder(folder, networks, identities, share.rank, say)
     set_precision(config.model)
     with locked(folder / SHARDS, share.rank), StopSignals() as stop:
 

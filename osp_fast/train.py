@@ -31,11 +31,11 @@ from osp_fast.training.build import (
     set_determinism,
     set_precision,
 )
+from osp_fast.training.cached import open_cache
 from osp_fast.training.guards import StopSignals, refuse_parallel_runs
 from osp_fast.training.loop import Trainer, prepare_output
 from osp_fast.training.metrics import MetricsLog
 from osp_fast.training.place import clips_per_step, plan_summary, starting_point, steps_per_epoch
-from osp_fast.training.precompute import open_cache
 from osp_fast.training.step import ClipLoss
 
 

@@ -15,7 +15,7 @@ by the entry's name and that number, whatever the seed, the epoch and the place 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,37 +201,6 @@ class LatentCache:
         if item.reject is not None:
             raise DecodeError(item.reject, item.whole_file)
         return read_tensor(item.shard, item.name)
-
-
-def check_complete(
-    cache: LatentCache, plan: Plan, config: DataConfig, chinese: bool, report: Callable[[str], None]
-) -> None:
-    """Raise `UserError` if a clip, a variant of it or a caption of the plan is not in the cache as it is now."""
-    clips = [
-        (clip.entry.path, reason)
-        for clip in plan.clips
-        for variant in range(config.cache_variants)
-        if (reason := _why_missing(cache, clip, variant, config, chinese))
-    ]
-    total = len(plan.clips) * config.cache_variants
-    if not cache.holds_text(""):
-        raise UserError(f"--latent_cache {cache.folder}: the empty caption is not encoded: {ENCODE}")
-    if clips:
-        path, reason = clips[0]
-        raise UserError(
-            f"--latent_cache {cache.folder}: {len(clips)} of {total} clips cannot be read, the first of them {path}:"
-            f" {reason}: {ENCODE}"
-        )
-    report(f"latent cache {cache.folder}: {total} clips, {len(captions(plan, config, chinese))} captions")
-
-
-def _why_missing(cache: LatentCache, clip: Clip, variant: int, config: DataConfig, chinese: bool) -> str | None:
-    try:
-        cache.find(clip, variant_frames(clip, variant, config))
-    except Missing as error:
-        return str(error)
-    caption = variant_caption(clip.entry, variant, chinese)
-    return None if cache.holds_text(caption) else f"its caption {caption[:60]!r} is not encoded"
 
 
 def captions(plan: Plan, config: DataConfig, chinese: bool) -> list[str]:

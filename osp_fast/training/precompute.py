@@ -31,7 +31,6 @@ from osp_fast.data.latent_cache import (
     Networks,
     caption_key,
     captions,
-    check_complete,
     check_manifest,
     clip_record,
     make_manifest,
@@ -42,16 +41,16 @@ from osp_fast.data.rejects import RejectLog
 from osp_fast.data.rgb import usable_cores
 from osp_fast.data.video import Decoder
 from osp_fast.errors import UserError
-from osp_fast.models.text_encoder import TextEncoder, find_folder, read_facts
+from osp_fast.models.text_encoder import TextEncoder
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.models.wfvae_plan import Task
 from osp_fast.progress import Progress
-from osp_fast.training.build import compute_dtype, vae_dtype, vae_planner
+from osp_fast.training.build import vae_planner
 
 CAPTIONS_AT_ONCE = 16
 PIXELS_AT_ONCE = 1 << 24  # of a batch of small clips; a larger clip is a batch by itself
 CLIPS_AT_ONCE = 64
-MANIFEST_POLL_S = 0.2
+MANIFEST_POLL_S, MANIFEST_PATIENCE_S = 0.2, 5.0
 
 
 @dataclass(frozen=True)
@@ -75,30 +74,9 @@ class Counts:
     rejected: int = 0
 
 
-def networks_of(config: TrainConfig) -> Networks:
-    """What the flags say of the networks. Raises `UserError`."""
-    model = config.model
-    text_encoder = find_folder(model.text_encoder_name_1, model.cache_dir)
-    return Networks(
-        vae=find_folder(model.ae_path, model.cache_dir),
-        text_encoder=text_encoder,
-        vae_dtype=str(vae_dtype(model)).removeprefix("torch."),
-        text_dtype=str(compute_dtype(model)).removeprefix("torch."),
-        max_length=model.model_max_length,
-        chinese=read_facts(text_encoder).is_multilingual,
-    )
-
-
-def open_cache(config: TrainConfig, plan: Plan, report: Callable[[str], None]) -> LatentCache:
-    """The cache that a run trains from. Raises `UserError` unless it holds all of the plan as everything is now."""
-    folder, networks, identities = Path(config.data.latent_cache), networks_of(config), Identities()
-    check_manifest(folder, networks, identities)
-    cache = LatentCache(folder, identities)
-    check_complete(cache, plan, config.data, networks.chinese, report)
-    return cache
-
-
-def prepare_folder(folder: Path, networks: Networks, identities: Identities, rank: int) -> None:
+def prepare_folder(
+    folder: Path, networks: Networks, identities: Identities, rank: int, report: Callable[[str], None]
+) -> None:
     """Make the folder and its manifest, by rank 0; check that it was made with these networks. Raises `UserError`."""
     manifest = folder / MANIFEST
     try:
@@ -109,7 +87,11 @@ def prepare_folder(folder: Path, networks: Networks, identities: Identities, ran
             os.replace(unfinished, manifest)
     except OSError as error:
         raise UserError(f"--latent_cache {folder} cannot be written ({error}): choose another folder") from error
-    while not manifest.exists():  # rank 0 hashes the weights
+    started, told = time.monotonic(), False
+    while not manifest.exists():
+        if not told and time.monotonic() - started > MANIFEST_PATIENCE_S:
+            report(f"rank {rank} waits for rank 0, which reads the weights for {manifest}")
+            told = True
         time.sleep(MANIFEST_POLL_S)
     check_manifest(folder, networks, identities)
 
