@@ -1,4 +1,4 @@
-"""`python -m bench list|run|verify|static|block|compare|report`, from the repository's root; see bench/README.md."""
+"""`python -m bench list|run|verify|static|block|vae|compare|report`, from the repository's root: bench/README.md."""
 
 import argparse
 import sys
@@ -9,10 +9,11 @@ from osp_fast.kernels.spec import OpSpec
 
 from bench.ops import choose_ops, choose_shapes, load_specs
 from bench.results import RESULTS
-from osp_fast.cli import SentenceParser
+from osp_fast.cli import SentenceParser, memory_size
 from osp_fast.errors import run_entry_point
 
 ARCHS = (80, 90, 100)
+VAE_CASES = ("encode 93x768x768", "decode 93x640x640", "decode 93x720x1280")  # those that have targets
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -54,6 +55,12 @@ def _block(arguments: argparse.Namespace, load: Callable) -> int:
     from bench.block import run_block
 
     return run_block(arguments.size, arguments.clip, arguments.inductor, arguments.json)
+
+
+def _vae(arguments: argparse.Namespace, load: Callable) -> int:
+    from bench.vae import run_vae
+
+    return run_vae(arguments.case, arguments.json, arguments.memory)
 
 
 def _compare(arguments: argparse.Namespace, load: Callable) -> int:
@@ -107,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
         "--no-inductor", dest="inductor", action="store_false", help="leave out what Inductor makes of it"
     )
     block.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+
+    vae = add("vae", _vae, "the whole VAE beside stock PyTorch, on a GPU")
+    vae.add_argument("--case", nargs="+", default=VAE_CASES, metavar="CASE", help='such as "decode 93x640x640"')
+    vae.add_argument("--memory", type=memory_size, metavar="BYTES|auto", help="what ours may hold (auto: what is free)")
+    vae.add_argument("--json", type=Path, default=RESULTS, metavar="DIR", help="where results go (bench/results)")
 
     compare = add("compare", _compare, "two result files of run, or two of static: what changed")
     compare.add_argument("before", type=Path, metavar="A.json")

@@ -10,6 +10,7 @@ from osp_fast.errors import UserError
 
 RUN_KEY = ("shape", "direction", "implementation")
 TUNE_KEY = ("shape", "kernel", "config")
+VAE_KEY = ("case", "implementation")
 STATIC_KEY = ("op", "kernel", "arch", "config")
 
 
@@ -24,7 +25,8 @@ def run_compare(before: Path, after: Path, threshold: float) -> int:
         for name, value in old["environment"].items():
             if new["environment"].get(name) != value:
                 print(f"{name} differs: {value} -> {new['environment'].get(name)}")
-        table, worse = compare_times(old["rows"], new["rows"], RUN_KEY if _kind(old) == "run" else TUNE_KEY, threshold)
+        keys = {"run": RUN_KEY, "tune": TUNE_KEY, "vae": VAE_KEY}
+        table, worse = compare_times(old["rows"], new["rows"], keys[_kind(old)], threshold)
     print(table)
     for sentence in worse:
         print(f"WORSE {sentence}")

@@ -54,9 +54,8 @@ def read_result(path: Path) -> Any:
     except ValueError:
         raise UserError(f"{path}: is no JSON: give a file that bench run or bench static wrote") from None
     is_static = isinstance(result, list) and all(isinstance(row, dict) and row.keys() >= STATIC_KEYS for row in result)
-    is_measured = (
-        isinstance(result, dict) and result.get("kind") in ("run", "tune") and isinstance(result.get("rows"), list)
-    )
+    kind = result.get("kind") if isinstance(result, dict) else None
+    is_measured = kind in ("run", "tune", "vae") and isinstance(result.get("rows"), list)
     if is_static or is_measured:
         return result
     raise UserError(f"{path}: has no rows of bench run or bench static: give a file that one of them wrote")

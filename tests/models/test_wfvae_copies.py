@@ -5,9 +5,9 @@ import time
 
 import pytest
 import torch
-from stock_wfvae import StockDecoder
 from torch.profiler import ProfilerActivity, profile
 
+from bench.stock_vae import StockDecoder
 from osp_fast.models.wfvae import WFVAE, WFVAE_CONFIGS
 from osp_fast.models.wfvae_stream import Plan
 
