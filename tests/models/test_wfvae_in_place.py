@@ -38,13 +38,13 @@ def test_the_whole_model_in_chunks(triton):
     config |= dict(encoder_energy_flow_hidden_size=12, decoder_energy_flow_hidden_size=12, use_attention=False)
     torch.manual_seed(0)
     vae = WFVAE(WFVAEConfig(**config, scale=(1.0,) * 4, shift=(0.0,) * 4)).requires_grad_(False)
-    video = torch.randn(1, 3, 9, 8, 16)
+    video = torch.randn(1, 3, 5, 8, 16)
     posterior = vae.encode(video)
-    decoded = vae.decode(posterior.mean[:, :, :2])
+    decoded = vae.decode(posterior.mean)
     launches = triton()
-    found = vae.encode(video, (2, None, None))
+    found = vae.encode(video, (1, None, None))
     assert relative(found.mean, posterior.mean) < 2e-6 and relative(found.logvar, posterior.logvar) < 2e-6
-    assert relative(vae.decode(posterior.mean[:, :, :2], (1, None, None)), decoded) < 4e-6
+    assert relative(vae.decode(posterior.mean, (1, None, None)), decoded) < 4e-6
     assert sum(earlier is not None for earlier in launches) >= 20
 
 
