@@ -110,7 +110,7 @@ def causal_conv3d(
         return causal_conv3d_triton(x, weight, bias, stride, cache, residual, dtype, out=out)
     frames, steps = frames_of(cache), steps_of(stride)
     check_arguments(x, weight, bias, steps, frames, residual)
-    check_out(x, weight, steps, frames, dtype or x.dtype, out)
+    check_out(x, weight, steps, frames, dtype or x.dtype, out, bias, residual)
     result = library_conv(x, weight, bias, steps, frames, residual, dtype or x.dtype)
     return result if out is None else out.copy_(result)
 
@@ -139,7 +139,7 @@ def causal_conv3d_triton(
     check_triton("causal_conv3d", x.new_empty(0, dtype=dtype))
     check_arguments(x, weight, bias, steps, frames, residual)
     earlier, previous = ((None, None, *frames) if weight.shape[2] > 1 else (None, None))[-2:]
-    check_out(x, weight, steps, frames, dtype, out)
+    check_out(x, weight, steps, frames, dtype, out, bias, residual)
     if out is None:
         return torch.ops.osp_fast.causal_conv3d(x, weight, bias, earlier, previous, residual, *steps, dtype, version)
     torch.ops.osp_fast.causal_conv3d_into(x, weight, bias, earlier, previous, residual, *steps, out, version)
@@ -257,9 +257,15 @@ def check_arguments(
 
 
 def check_out(
-    x: Tensor, weight: Tensor, stride: Stride, frames: Sequence[Tensor], dtype: torch.dtype, out: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    stride: Stride,
+    frames: Sequence[Tensor],
+    dtype: torch.dtype,
+    out: Tensor | None,
+    *added: Tensor | None,
 ) -> None:
-    """Raises ValueError for an `out` that the result, of that dtype, cannot be written to."""
+    """Raises ValueError for an `out` that the result, of that dtype, cannot be written to. added: bias, residual."""
     if out is None:
         return
     past = len(frames) or weight.shape[2] - 1
@@ -268,7 +274,8 @@ def check_out(
         raise ValueError(f"out {tuple(out.shape)} of {out.dtype} must be {shape} of {dtype}, on {x.device}")
     if not is_dense(out):
         raise ValueError("out must be whole frames of channels-last memory")
-    if torch.is_grad_enabled() and any(y.requires_grad for y in (x, weight, *frames, out)):
+    given = (x, weight, *frames, out, *(y for y in added if y is not None))
+    if torch.is_grad_enabled() and any(y.requires_grad for y in given):
         raise ValueError("out takes no gradients: leave it out, or work under torch.no_grad()")
 
 

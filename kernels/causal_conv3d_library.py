@@ -14,12 +14,11 @@ of the first row and column dropped; only frames that are laid together on the C
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from osp_fast.kernels.causal_conv3d_launch import Stride, output_size, with_adjacent_channels
-from osp_fast.kernels.causal_conv3d_sums import convolve_frames, sum_of_chunk, sum_with_cache
+from osp_fast.kernels.causal_conv3d_sums import convolve_frames, outside_autocast, sum_of_chunk, sum_with_cache
 from torch import Tensor
 
 
@@ -36,8 +35,7 @@ def library_conv(
     kernel_t, kernel, _ = weight.shape[2:]
     x = with_adjacent_channels(x)
     bias = None if bias is None else bias.to(x.dtype)
-    casts = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if casts else nullcontext():
+    with outside_autocast(x):
         if kernel == 1:
             out = F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
         elif kernel_t == 1:

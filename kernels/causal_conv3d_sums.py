@@ -1,4 +1,4 @@
-"""The causal convolution over k frames as a sum of k two-dimensional ones, which copies no activation.
+"""The causal convolution over k frames as a sum of k two-dimensional ones, which copies no activation of a single clip.
 
 Each term is a convolution of the frames that are k - 1, .., 1, 0 older: it reads a view of the chunk and is added to
 the outputs that it belongs to. Of what went before a chunk either the frames are known, a `cache`, or what they
@@ -7,11 +7,13 @@ A carry owns its memory, where kept frames would hold on to a whole chunk of act
 
 x is (B, C, T, H, W) in channels-last memory, weight (C_out, C, k_t, k, k). Time is causal, the first frame repeated
 k_t - 1 times in front; spatial padding is k // 2 zeros on each side at stride 1 and one zero at the right and bottom at
-stride 2. Autograd is PyTorch's.
+stride 2. Sums of 16-bit terms are rounded after each. Autograd is PyTorch's; autocast plays no part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 import torch.nn.functional as F
 from osp_fast.kernels.causal_conv3d_launch import Stride
 from torch import Tensor
@@ -25,13 +27,23 @@ def sum_of_chunk(
     """The next chunk of a causal convolution: (output, what to carry to the chunk after this one).
 
     carry: what the chunk before returned, None for the first one; last: no chunk follows, so nothing is to carry.
-    Raises ValueError if a chunk is too short to give an output frame.
+    Raises ValueError if a chunk is too short to give an output frame, or at stride 2 leaves frames over for the next:
+    the first must have an odd number of frames, the others an even one.
     """
+    with outside_autocast(x):
+        return _sum_of_chunk(x, weight, bias, stride, carry, last)
+
+
+def _sum_of_chunk(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Stride, carry: Carry | None, last: bool
+) -> tuple[Tensor, Carry | None]:
     taps = weight.unbind(2)
     kernel, frames, step = len(taps), x.shape[2], stride.time
     # Frames before this chunk that its first output sees; output t has tap j on frame step * t + j - before.
     before = kernel - (1 if carry is None else step)
     count = _outputs(frames, kernel, step, before)
+    if not last and (before + frames - kernel) % step:
+        raise ValueError(f"a chunk of {frames} frames does not end where a stride of {step} does, and is not the last")
     if carry is None and frames == 1:  # a picture: every tap sees the same frame
         out = _convolve(x[:, :, 0], weight.sum(2), bias, stride.space).unsqueeze(2)
     else:
@@ -55,6 +67,20 @@ def sum_with_cache(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Strid
         for tap in range(min(before - stride.time * index, len(taps))):
             out[:, :, index].add_(_convolve(cache[stride.time * index + tap], taps[tap], None, stride.space))
     return _inside(out, x, weight, stride.space)
+
+
+def outside_autocast(x: Tensor) -> AbstractContextManager:
+    """Within it x's device computes in the types that it is given."""
+    casts = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if casts else nullcontext()
+
+
+def by_frames(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of images (N, C, H, W) applied to frames (B, C, T, H, W): views, but of a part of T only if B is 1."""
+    # Flattening a single frame gives a stride by which PyTorch no longer recognises channels-last memory.
+    batch, frames = x.shape[0], x.shape[2]
+    out = function(x[:, :, 0] if frames == 1 else x.transpose(1, 2).flatten(0, 1))
+    return out.unsqueeze(2) if frames == 1 else out.unflatten(0, (batch, frames)).transpose(1, 2)
 
 
 def convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
@@ -109,12 +135,7 @@ def _carry(
 
 
 def _frame_by_frame(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """Images of frames (views, but of a part of T only if B is 1), convolved, and frames of images."""
-    # Flattening a single frame gives a stride by which PyTorch no longer recognises channels-last memory.
-    batch, frames = x.shape[0], x.shape[2]
-    images = x[:, :, 0] if frames == 1 else x.transpose(1, 2).flatten(0, 1)
-    out = _convolve(images, weight, bias, stride)
-    return out.unsqueeze(2) if frames == 1 else out.unflatten(0, (batch, frames)).transpose(1, 2)
+    return by_frames(x, lambda images: _convolve(images, weight, bias, stride))
 
 
 def _convolve(images: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:

@@ -19,7 +19,7 @@ from osp_fast.config import TINY_FOLDER, TrainConfig
 from osp_fast.data.buckets import load_plan
 from osp_fast.data.cache_shards import locked
 from osp_fast.data.identity import Identities
-from osp_fast.data.latent_cache import SHARDS, LatentCache
+from osp_fast.data.latent_cache import SHARDS, LatentCache, shared_names
 from osp_fast.device import rank_device
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.training.build import check_folders, load_text_encoder, load_vae, set_precision
@@ -32,7 +32,7 @@ from osp_fast.training.precompute import Share, encode_captions, encode_clips, p
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode as the flags say. Raises `UserError`, and SystemExit when a signal ended the run (130 or 143)."""
     config, _ = parse_train(argv, train_parser("osp_fast.encode"))
-    if config.data.latent_cache is None:
+    if not config.data.latent_cache:
         raise UserError("--latent_cache is missing: name the folder that latents and text states go to")
     if config.run.preset == "tiny":
         ensure_tiny(TINY_FOLDER)
@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def share_of_process() -> Share:
     """This process's part of the work, as torchrun's environment says. Raises `UserError`."""
     try:
-        share = Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        share = Share(rank, world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     except ValueError:
         raise UserError("RANK and WORLD_SIZE must be whole numbers: start with torchrun, or unset them") from None
     if not 0 <= share.rank < share.world:
@@ -71,11 +72,13 @@ def encode(config: TrainConfig, share: Share) -> int:
         def stopped() -> bool:
             return stop.received is not None
 
-        cache = LatentCache(folder, identities)
+        cache = LatentCache(folder, identities, shared_names(plan))
+        doing = "encoding captions does not fit into the memory of {}: use --mixed_precision bf16, or --device cpu"
         try:
             texts = encode_captions(
                 cache, plan, config, networks, share, lambda: load_text_encoder(config.model, device), stopped
             )
+            doing = "encoding clips does not fit into the memory of {}: name a lower --vae_memory"
             gc.collect()  # the text encoder and the VAE are not in memory together
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -83,7 +86,7 @@ def encode(config: TrainConfig, share: Share) -> int:
                 cache, plan, config, share, lambda: load_vae(config.model, device), device, stopped, say
             )
         except torch.OutOfMemoryError as error:
-            raise UserError(f"a batch does not fit into the memory of {device}: lower --vae_memory") from error
+            raise UserError(doing.format(device)) from error
     say(
         f"rank {share.rank}: {clips.encoded} clips and {texts.encoded} captions encoded, {clips.kept} and {texts.kept}"
         f" were there, {clips.rejected} clips broken"

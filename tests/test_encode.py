@@ -15,12 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from osp_fast.cli import parse_train
+from osp_fast.data.buckets import load_plan
 from osp_fast.data.cache_shards import read_records, read_tensor, shards
+from osp_fast.data.identity import Identities
 from osp_fast.data.latent_cache import SHARDS, LatentCache
 from osp_fast.encode import encode, share_of_process
 from osp_fast.errors import UserError
 from osp_fast.models import dit as dit_module
-from osp_fast.training.precompute import Share
+from osp_fast.models.text_encoder import TextEncoder
+from osp_fast.training.cached import networks_of
+from osp_fast.training.precompute import Share, encode_captions, encode_clips, prepare_folder
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tests" / "training" / "small_run.py"
@@ -255,6 +259,111 @@ def test_a_broken_video_is_left_out_as_in_training(run, assets, tmp_path):
         run("encode", max_bad_samples=0)
 
 
+def test_what_is_neither_file_nor_missing_is_broken_once(run, assets, tmp_path):
+    """A folder in a video's place: it has a size and a time, but no contents."""
+    (assets["data"].parent / "5.mp4").unlink()
+    (assets["data"].parent / "5.mp4").mkdir()
+    run("encode")
+    kept = len(shards(tmp_path / "cache" / SHARDS))
+    run("train")
+    assert "7 and 4 were there, 1 clips broken" in run("encode")  # tried again, and nothing new to tell
+    assert len(shards(tmp_path / "cache" / SHARDS)) == kept
+
+
+def test_two_roots_with_equal_names_sizes_and_times(run, assets, tmp_path):
+    data = assets["data"].parent
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    contents_of = sorted((path.stat().st_size, path.name) for path in data.glob("*.png"))
+    (size, first), (other_size, second) = contents_of[:2]
+    swapped = (data / second).read_bytes()[:size].ljust(size, b"\0") if size <= other_size else b""
+    pixels = bytearray((data / first).read_bytes())
+    assert swapped and len(swapped) == len(pixels)
+    (other / first).write_bytes((data / second).read_bytes() + bytes(0))
+    for folder in (data, other):
+        file = folder / first
+        file.write_bytes(file.read_bytes().ljust(max(size, other_size) + 8, b"\0"))  # PNG ends before
+        os.utime(file, ns=(7, 7))
+    assert (data / first).stat().st_size == (other / first).stat().st_size
+    entries = [one for one in json.loads((data / "clips.json").read_text()) if one["path"] == first]
+    (data / "clips.json").write_text(json.dumps(entries))
+    assets["data"].write_text(f"{data},{data / 'clips.json'}\n{other},{data / 'clips.json'}\n")
+    run("encode")
+    clips = [tensor for name, tensor in contents(tmp_path / "cache").items() if name.startswith("clip.")]
+    assert len(clips) == 2 and not torch.allclose(*clips)
+    run("train", max_train_steps=1)
+    assert ": 0 clips and 0 captions encoded, 2 and" in run("encode")
+
+
+def test_a_small_memory_makes_small_batches(run, tmp_path):
+    run("encode")
+    run("encode", latent_cache=tmp_path / "small", vae_memory="3MiB")
+    assert same(contents(tmp_path / "small"), contents(tmp_path / "cache"))
+    with pytest.raises(UserError, match="VAE encode of .* needs at least"):
+        run("encode", latent_cache=tmp_path / "none", vae_memory="1MiB")
+
+
+def test_what_was_encoded_before_an_error_is_kept(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("osp_fast.training.precompute.CAPTIONS_AT_ONCE", 1)
+    forward, calls = TextEncoder.forward, []
+
+    def full(encoder, texts):
+        calls.append(texts)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(encoder, texts)
+
+    monkeypatch.setattr(TextEncoder, "forward", full)
+    with pytest.raises(UserError, match="encoding captions does not fit into the memory of cpu"):
+        run("encode")
+    assert len(contents(tmp_path / "cache")) == 2
+    assert "2 captions encoded, 0 and 2 were there" in run("encode")
+
+
+def test_a_signal_ends_the_wait_for_a_hanging_file(assets, tmp_path):
+    """And a file of which several clips are cut is tried once."""
+    data = assets["data"].parent
+    (data / "4.mp4").unlink()
+    os.mkfifo(data / "4.mp4")
+    entries = json.loads((data / "clips.json").read_text())
+    (data / "clips.json").write_text(json.dumps([entries[4]]))
+    process = start(assets, tmp_path / "cache", 1, {}, decode_timeout=50)
+    until = time.monotonic() + 60
+    while not shards(tmp_path / "cache" / SHARDS):  # the captions
+        assert time.monotonic() < until and process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    time.sleep(1)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143 and time.monotonic() - begun < 15
+
+
+def test_a_stop_during_captions_loads_no_vae(assets, tmp_path):
+    config, _ = parse_train(small.flags(**assets, output=tmp_path / "none", latent_cache=tmp_path / "cache"))
+    plan = load_plan(config.data, 0)
+    networks, identities = networks_of(config), Identities()
+    prepare_folder(tmp_path / "cache", networks, identities, 0, print)
+    cache = LatentCache(tmp_path / "cache", identities)
+
+    def never():
+        raise AssertionError("nothing is to be loaded")
+
+    for counts in (
+        encode_captions(cache, plan, config, networks, Share(), never, lambda: True),
+        encode_clips(cache, plan, config, Share(), never, torch.device("cpu"), lambda: True, print),
+    ):
+        assert counts.encoded == 0
+
+
+def test_a_line_that_is_repeated_is_encoded_once(run, assets, tmp_path):
+    annotation = assets["data"].parent / "clips.json"
+    entries = json.loads(annotation.read_text())
+    annotation.write_text(json.dumps(entries + entries))
+    assert "rank 0: 8 clips and 4 captions encoded" in run("encode")
+    run("train")
+
+
 def test_any_number_of_ranks_makes_the_same_cache(run, assets, tmp_path, monkeypatch):
     run("encode")
     one = contents(tmp_path / "cache")
@@ -268,19 +377,23 @@ def test_any_number_of_ranks_makes_the_same_cache(run, assets, tmp_path, monkeyp
         assert len({path.name.split("-")[1] for path in shards(folder / SHARDS)}) == world
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert share_of_process() == Share(2, 3)
+    assert share_of_process() == Share(2, 3, 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert share_of_process() == Share(2, 3, 1)
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(UserError, match="RANK 3 is not one of WORLD_SIZE 3"):
         share_of_process()
 
 
-def start(assets: dict[str, Path], cache: Path, items: int, environment: dict[str, str]) -> subprocess.Popen:
+def start(
+    assets: dict[str, Path], cache: Path, items: int, environment: dict[str, str], **changed: object
+) -> subprocess.Popen:
     """The program in a process of its own, which writes a shard for every few items."""
     code = (
         f"import sys, osp_fast.data.cache_shards as s; s.SHARD_ITEMS = {items}; from osp_fast.errors import *;"
         "import osp_fast.encode as e; run_entry_point(lambda: e.main(sys.argv[1:]))"
     )
-    flags = small.flags(**assets, output=cache.parent / "none", latent_cache=cache)
+    flags = small.flags(**assets, output=cache.parent / "none", latent_cache=cache, **changed)
     path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))
     return subprocess.Popen(
         [sys.executable, "-c", code, *flags],

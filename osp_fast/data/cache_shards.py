@@ -20,7 +20,7 @@ from torch import Tensor
 from osp_fast.errors import UserError
 
 SHARD_BYTES = 256 << 20
-SHARD_ITEMS = 1024
+SHARD_ITEMS, SHARD_RECORD_BYTES = 1024, 16 << 20  # readers take headers of up to 100 MB
 SHARD_SECONDS = 60.0  # what a kill loses at most
 _NAME = re.compile(r"(\d{6,})-r(\d{4,})\.safetensors")
 
@@ -43,7 +43,7 @@ class ShardWriter:
     def _clear(self) -> None:
         self._tensors: dict[str, Tensor] = {}
         self._records: dict[str, str] = {}
-        self._bytes, self._since = 0, time.monotonic()
+        self._bytes, self._record_bytes, self._since = 0, 0, time.monotonic()
 
     def add(self, name: str, tensor: Tensor | None, record: dict[str, Any]) -> None:
         """Add an item, its tensor on the CPU; writes a shard if it is time. Raises `UserError`."""
@@ -53,7 +53,9 @@ class ShardWriter:
             self._tensors[name] = tensor.contiguous()
             self._bytes += tensor.nbytes
         self._records[name] = json.dumps(record)
+        self._record_bytes += len(self._records[name])
         full = self._bytes >= SHARD_BYTES or len(self._records) >= SHARD_ITEMS
+        full = full or self._record_bytes >= SHARD_RECORD_BYTES
         if full or time.monotonic() - self._since >= SHARD_SECONDS:
             self.flush()
 
@@ -124,11 +126,13 @@ def locked(folder: Path, rank: int) -> Iterator[None]:
         raise UserError(f"--latent_cache {folder} cannot be written ({error.strerror}): choose another") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(handle)
-        raise UserError(
-            f"--latent_cache {folder}: another osp_fast.encode writes there (rank {rank}): wait until it ends"
-        ) from None
+        if isinstance(error, BlockingIOError):
+            reason = f"another osp_fast.encode writes there (rank {rank}): wait until it ends"
+        else:
+            reason = f"{path.name} cannot be locked ({error.strerror}): choose a folder on a file system with locks"
+        raise UserError(f"--latent_cache {folder}: {reason}") from None
     try:
         yield
     finally:

@@ -44,15 +44,21 @@ class Identities:
             return MISSING
         return FileIdentity(status.st_size, status.st_mtime_ns, found)
 
-    def is_still(self, identity: FileIdentity, file: str | Path) -> bool:
-        """Whether the file's contents are the identity's. They are read only where the file's time is another one."""
+    def is_still(self, identity: FileIdentity, file: str | Path, exact: bool = False) -> bool:
+        """Whether the file's contents are the identity's. They are read only where the file's time is another one.
+
+        exact: read them in any case
+        """
+        if identity == MISSING:
+            return self.of(file) == MISSING
         try:
             status = os.stat(file)
         except OSError:
-            return identity == MISSING
+            return False
         if status.st_size != identity.size:
             return False
-        return status.st_mtime_ns == identity.mtime_ns or self.of(file).sha256 == identity.sha256
+        same_time = status.st_mtime_ns == identity.mtime_ns and not exact
+        return same_time or self.of(file).sha256 == identity.sha256
 
 
 def _sha256(file: str | Path) -> str:

@@ -15,7 +15,7 @@ by the entry's name and that number, whatever the seed, the epoch and the place 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,10 +145,16 @@ class _Item:
 
 
 class LatentCache:
-    """What a folder holds; its shards' headers are read once. May be used by many threads."""
+    """What a folder holds; its shards' headers are read once. May be used by many threads.
 
-    def __init__(self, folder: str | Path, identities: Identities | None = None) -> None:
+    shared_names: of entries, `shared_names` of the plan; their files are told apart by contents.
+    """
+
+    def __init__(
+        self, folder: str | Path, identities: Identities | None = None, shared_names: Collection[str] = ()
+    ) -> None:
         self.folder = Path(folder)
+        self._shared_names = shared_names
         self.identities = identities or Identities()
         self._clips: dict[str, list[_Item]] = {}
         self._texts: dict[str, tuple[Path, str]] = {}
@@ -187,8 +193,9 @@ class LatentCache:
             raise Missing(
                 "it was encoded with other frames, another crop or another size" if known else "it is not encoded"
             )
+        exact = clip.entry.name in self._shared_names
         for item in reversed(items):
-            if self.identities.is_still(item.identity, clip.entry.file):
+            if self.identities.is_still(item.identity, clip.entry.file, exact):
                 return item
         raise Missing(f"{clip.entry.file} has changed since it was encoded")
 
@@ -209,16 +216,25 @@ def captions(plan: Plan, config: DataConfig, chinese: bool) -> list[str]:
     return sorted(found | {""})
 
 
+def shared_names(plan: Plan) -> set[str]:
+    """Names that entries of several files have, as below two DATA_ROOTs."""
+    files: dict[str, str] = {}
+    return {
+        clip.entry.name for clip in plan.clips if files.setdefault(clip.entry.name, clip.entry.file) != clip.entry.file
+    }
+
+
 def windows(plan: Plan, config: DataConfig) -> Iterator[tuple[Clip, list[int], str]]:
     """Every clip with the frames of its variants and their key, equal ones once; clips of a bucket together."""
     for members in plan.buckets.values():
+        seen = set()
         for index in members:
-            clip, seen = plan.clips[index], set()
+            clip = plan.clips[index]
             for variant in range(config.cache_variants):
                 indices = variant_frames(clip, variant, config)
                 key = clip_key(clip, indices)
-                if key not in seen:
-                    seen.add(key)
+                if (key, clip.entry.file) not in seen:
+                    seen.add((key, clip.entry.file))
                     yield clip, indices, key
 
 

@@ -15,11 +15,12 @@ class RejectLog:
     """Appends each broken file once to `file`, a line of JSON each: path, file, reason, time, substitute.
 
     A resumed run does not repeat the lines that are there. More than `limit` broken files in this run end in a
-    UserError. May be used by many threads.
+    UserError. May be used by many threads. folder_flag: the flag that names the file's folder, for errors.
     """
 
-    def __init__(self, file: str | Path, limit: int) -> None:
+    def __init__(self, file: str | Path, limit: int, folder_flag: str = "--output_dir") -> None:
         self._file = Path(file)
+        self._folder_flag = folder_flag
         self._limit = limit
         self._lock = threading.Lock()
         self._broken: dict[str, str] = {}  # file -> path as the annotation has it
@@ -47,7 +48,9 @@ class RejectLog:
             with open(self._file, "a") as log:
                 log.write(line + "\n")
         except OSError as error:
-            raise UserError(f"{self._file} cannot be written ({error.strerror}): correct --output_dir") from error
+            raise UserError(
+                f"{self._file} cannot be written ({error.strerror}): correct {self._folder_flag}"
+            ) from error
 
     def _too_many(self) -> str:
         names = ", ".join(list(self._broken.values())[:NAMED])

@@ -41,7 +41,8 @@ class CausalConv3d(nn.Module):
     Where Triton serves, the kernel reads the last frames of the chunk before in place, beside this chunk's. So that
     these do not hold on to all the memory of their chunk, nor are copied, they are prepared by themselves: a chunk
     comes in two pieces, which are convolved into one output. PyTorch's convolutions cannot write so: there the sums
-    that are not finished yet are carried (`sum_of_chunk`). Neither copies an activation to pad or to carry.
+    that are not finished yet are carried (`sum_of_chunk`), 16-bit ones rounded between the kernel's frames. Neither
+    copies what `prepare` made to pad or to carry it; of an input that was not prepared, the frames to keep are copied.
     """
 
     def __init__(self, channels: int, out_channels: int, kernel: int, stride: int = 1):
@@ -59,14 +60,12 @@ class CausalConv3d(nn.Module):
     def prepare(
         self, x: Tensor, state: ChunkState, make: Callable[[Tensor, ChunkState], Tensor], last_frames: int = 2
     ) -> list[Tensor]:
-        """What `make` makes of a chunk, (B, C, T', H, W) in pieces; each of them owns its memory.
+        """What `make` makes of a chunk, (B, C, T', H, W) in pieces, for a convolution of stride 1.
 
-        last_frames: of x, of which the frames come that the next chunk sees. With gradients there is one piece, as
-        autograd keeps all frames anyway.
+        last_frames: of x, of which the frames come that the next chunk sees.
         """
         begin = x.shape[2] - last_frames
-        tracked = torch.is_grad_enabled() and (x.requires_grad or self.conv.weight.requires_grad)
-        if state.last or begin < 1 or tracked or not self._reads_in_place(x):
+        if state.last or begin < 1 or not self._reads_in_place(x):
             return [make(x, state)]
         states = (ChunkState(first, False, state.kept) for first in (state.first, False))
         return [make(part, part_state) for part, part_state in zip(x.tensor_split([begin], 2), states, strict=True)]
@@ -91,6 +90,10 @@ class CausalConv3d(nn.Module):
 
     def _in_place(self, pieces: list[Tensor], state: ChunkState, residual: Tensor | None, owned: bool) -> Tensor:
         conv, cache, out, done = self.conv, state.kept.pop(self, None), None, 0
+        if len(pieces) > 1 and torch.is_grad_enabled():
+            given = (*pieces, *(cache or ()), *conv.parameters(), *(() if residual is None else (residual,)))
+            if any(x.requires_grad for x in given):
+                pieces = [torch.cat(pieces, dim=2)]  # autograd knows no output that is written in parts
         if len(pieces) > 1:
             first = pieces[0]
             size = (len(first), sum(piece.shape[2] for piece in pieces), *first.shape[3:], conv.out_channels)

@@ -175,11 +175,14 @@ class Predictor:
         return replace(plan, peak_bytes=peak)
 
     def _lengths(self, plan: Plan) -> list[int]:
-        """Latent frames of the clip's chunks: the first, one that stands for all in the middle, the last."""
+        """Latent frames of the clip's chunks: the first, one that stands for all in the middle, the last.
+
+        Of chunks of one frame the second is the first to hold a frame back: the third is like those that follow.
+        """
         total, chunk = self.task.latent_frames, min(plan.chunk or self.task.latent_frames, self.task.latent_frames)
         count = -(-total // chunk)
         last = total - chunk * (count - 1)
-        return [chunk] * min(count - 1, 2) + [last]
+        return [chunk] * min(count - 1, 3 if chunk == 1 else 2) + [last]
 
     def _run_stage(self, name: str, lengths: tuple[int, ...], rows: int, columns: int) -> StageCost:
         batch, dtype = self.task.batch, self.dtype

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from osp_fast.kernels.causal_conv3d_sums import by_frames
 from osp_fast.models.wfvae_layers import CausalConv3d, ChunkState, FrameConv, Span
 
 
@@ -53,7 +54,8 @@ class Upsample2d(nn.Module):
 
     def forward(self, x: Tensor, state: ChunkState) -> Tensor:
         """(B, C, T, H, W) -> (B, C, T, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest"))
+        # Of images, whose channels-last memory PyTorch's kernel takes as it is; of videos it makes planar copies.
+        return self.conv(by_frames(x, lambda images: F.interpolate(images, scale_factor=2, mode="nearest")))
 
 
 class Interpolation(nn.Module):

@@ -13,6 +13,7 @@ from osp_fast.data.latent_cache import (
     Missing,
     Networks,
     check_manifest,
+    shared_names,
     variant_caption,
     variant_frames,
 )
@@ -43,7 +44,7 @@ def open_cache(config: TrainConfig, plan: Plan, report: Callable[[str], None]) -
     """The cache that a run trains from. Raises `UserError` unless it holds all of the plan as everything is now."""
     folder, networks, identities = Path(config.data.latent_cache), networks_of(config), Identities()
     check_manifest(folder, networks, identities)
-    cache = LatentCache(folder, identities)
+    cache = LatentCache(folder, identities, shared_names(plan))
     if not cache.holds_text(""):
         raise UserError(f"--latent_cache {folder}: the empty caption is not encoded: {ENCODE}")
     variants, missing = config.data.cache_variants, []

@@ -4,12 +4,13 @@ Every rank works by itself on the items that its number falls to by their keys, 
 no word from one another, and any number of them may go on where others have stopped.
 """
 
+import itertools
 import json
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from osp_fast.data.buckets import Clip, Plan
 from osp_fast.data.cache_shards import ShardWriter
 from osp_fast.data.clip_request import DecodeError
 from osp_fast.data.crew import PREFETCH, Crew
-from osp_fast.data.dataset import clip_pixels
+from osp_fast.data.dataset import DECODER_THREADS, clip_pixels
 from osp_fast.data.identity import FileIdentity, Identities
 from osp_fast.data.latent_cache import (
     MANIFEST,
@@ -50,15 +51,16 @@ from osp_fast.training.build import vae_planner
 CAPTIONS_AT_ONCE = 16
 PIXELS_AT_ONCE = 1 << 24  # of a batch of small clips; a larger clip is a batch by itself
 CLIPS_AT_ONCE = 64
-MANIFEST_POLL_S, MANIFEST_PATIENCE_S = 0.2, 5.0
+POLL_S, MANIFEST_PATIENCE_S, MANIFEST_LIMIT_S = 0.2, 5.0, 1800.0
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the work a process does: rank of world."""
+    """Which part of the work a process does: rank of world, of which `local` are on its machine."""
 
     rank: int = 0
     world: int = 1
+    local: int = 1
 
     def has(self, key: str) -> bool:
         """Whether an item of this key falls to the rank; the same for everyone at all times."""
@@ -89,10 +91,12 @@ def prepare_folder(
         raise UserError(f"--latent_cache {folder} cannot be written ({error}): choose another folder") from error
     started, told = time.monotonic(), False
     while not manifest.exists():
+        if time.monotonic() - started > MANIFEST_LIMIT_S:
+            raise UserError(f"{manifest} was not written by rank 0: see what it says, and start all ranks again")
         if not told and time.monotonic() - started > MANIFEST_PATIENCE_S:
             report(f"rank {rank} waits for rank 0, which reads the weights for {manifest}")
             told = True
-        time.sleep(MANIFEST_POLL_S)
+        time.sleep(POLL_S)
     check_manifest(folder, networks, identities)
 
 
@@ -109,20 +113,22 @@ def encode_captions(
     wanted = [text for text in captions(plan, config.data, networks.chinese) if share.has(caption_key(text))]
     todo = [text for text in wanted if not cache.holds_text(text)]
     counts = Counts(kept=len(wanted) - len(todo))
-    if not todo:
+    if not todo or stopped():
         return counts
     encoder, writer, progress = load(), ShardWriter(cache.folder / SHARDS, share.rank), Progress(len(todo))
-    for first in range(0, len(todo), CAPTIONS_AT_ONCE):
-        if stopped():
-            break
-        texts = todo[first : first + CAPTIONS_AT_ONCE]
-        states, mask = encoder(texts)
-        for text, one, length in zip(texts, states.cpu(), mask.sum(1).tolist(), strict=True):
-            writer.add(f"text.{caption_key(text)}", one[:length].clone(), text_record(text))
-        counts.encoded += len(texts)
-        progress.show(counts.encoded, f"caption {counts.encoded}/{len(todo)}", f"rank {share.rank}")
-    writer.flush()
-    progress.close()
+    try:
+        for first in range(0, len(todo), CAPTIONS_AT_ONCE):
+            if stopped():
+                break
+            texts = todo[first : first + CAPTIONS_AT_ONCE]
+            states, mask = encoder(texts)
+            for text, one, real in zip(texts, states.cpu(), mask.bool().cpu(), strict=True):
+                writer.add(f"text.{caption_key(text)}", one[real], text_record(text))
+            counts.encoded += len(texts)
+            progress.show(counts.encoded, f"caption {counts.encoded}/{len(todo)}", f"rank {share.rank}")
+    finally:
+        progress.close()
+        writer.flush()
     return counts
 
 
@@ -144,14 +150,15 @@ def encode_clips(
     wanted = [item for item in windows(plan, config.data) if share.has(item[2])]
     todo = [item for item in wanted if not _holds(cache, item[0], item[1])]
     counts = Counts(kept=len(wanted) - len(todo))
-    if not todo:
+    if not todo or stopped():
         return counts
     vae = load()
     planner = vae_planner(vae, config.model, device, report)
-    rejects = RejectLog(cache.folder / f"rejects-r{share.rank:04d}.jsonl", config.data.max_bad_samples)
+    log = cache.folder / f"rejects-r{share.rank:04d}.jsonl"
+    rejects = RejectLog(log, config.data.max_bad_samples, "--latent_cache")
     writer, progress = ShardWriter(cache.folder / SHARDS, share.rank), Progress(len(todo))
     try:
-        for batch in _batches(_decoded(todo, cache.identities, config, share)):
+        for batch in _batches(_decoded(todo, cache.identities, config, share, stopped)):
             if stopped():
                 break
             sound = [item for item in batch if isinstance(item.pixels, Tensor)]
@@ -160,7 +167,9 @@ def encode_clips(
             for item in batch:
                 if isinstance(item.pixels, DecodeError):
                     error = item.pixels
-                    writer.add(item.name, None, item.record | {"reject": error.reason, "whole_file": error.whole_file})
+                    if _reject(cache, item.clip, item.record["frames"]) != error.reason:  # and not told before
+                        rejected = {"reject": error.reason, "whole_file": error.whole_file}
+                        writer.add(item.name, None, item.record | rejected)
                     rejects.add(item.clip.entry.path, item.clip.entry.file, error.reason, None)
             counts.encoded += len(sound)
             counts.rejected += len(batch) - len(sound)
@@ -168,8 +177,8 @@ def encode_clips(
             facts = f"rank {share.rank}, {batch[0].clip.bucket}, {counts.rejected} broken"
             progress.show(done, f"clip {done}/{len(todo)}", facts)
     finally:
-        writer.flush()
         progress.close()
+        writer.flush()
     return counts
 
 
@@ -182,43 +191,61 @@ class _Decoded:
 
 
 def _holds(cache: LatentCache, clip: Clip, indices: list[int]) -> bool:
+    """Whether the cache has a clip's moments."""
+    return _reject(cache, clip, indices) is None
+
+
+def _reject(cache: LatentCache, clip: Clip, indices: list[int]) -> str | None:
+    """Why a clip could not be decoded, "" if the cache knows nothing of it, None if it has its moments."""
     try:
-        item = cache.find(clip, indices)
-        if item.reject is None:
-            return True
+        return cache.find(clip, indices).reject
     except Missing:
-        pass
-    return False
+        return ""
 
 
 def _decoded(
-    todo: list[tuple[Clip, list[int], str]], identities: Identities, config: TrainConfig, share: Share
+    todo: list[tuple[Clip, list[int], str]],
+    identities: Identities,
+    config: TrainConfig,
+    share: Share,
+    stopped: Callable[[], bool],
 ) -> Iterator[_Decoded]:
-    """The clips in order, decoded ahead by workers."""
+    """The clips in order, decoded ahead by workers; ends when `stopped`, also while it waits for a clip."""
     workers = config.data.dataloader_num_workers
-    threads = max(1, usable_cores() // (workers * share.world))
+    threads = max(1, min(DECODER_THREADS, usable_cores() // (workers * share.local)))
+    broken: dict[str, DecodeError] = {}  # files of which no clip can be decoded
 
     def load(decoder: Decoder, clip: Clip, indices: list[int], key: str) -> _Decoded:
         identity: FileIdentity = identities.of(clip.entry.file)  # before, so that a change meanwhile is found later
         pixels: Tensor | DecodeError
         try:
+            if clip.entry.file in broken:
+                raise broken[clip.entry.file]
             pixels = clip_pixels(decoder, clip, indices, threads)
         except DecodeError as error:
             if decoder.closed:
                 raise
             pixels = error
+            if error.whole_file:
+                broken[clip.entry.file] = error
         name = f"clip.{key}.{identity.sha256[:16]}"
         return _Decoded(clip, name, clip_record(clip, key, indices, identity), pixels)
 
     crew = Crew(workers, config.data.decode_timeout, load)
     waiting: deque[Future] = deque()
+    left = iter(todo)
     try:
-        for item in todo:
-            waiting.append(crew.submit(*item))
-            while len(waiting) > PREFETCH * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        while True:
+            for item in itertools.islice(left, PREFETCH * workers + 1 - len(waiting)):
+                waiting.append(crew.submit(*item))
+            if not waiting:
+                return
+            clip = waiting.popleft()
+            while not clip.done():
+                if stopped():
+                    return
+                wait([clip], timeout=POLL_S)
+            yield clip.result()
     finally:
         crew.close()
 
@@ -244,5 +271,14 @@ def _moments(vae: WFVAE, planner: Callable, items: list[_Decoded], device: torch
         return
     pixels = torch.stack([item.pixels for item in items]).to(device, non_blocking=True)
     batch, _, *size = pixels.shape
-    posterior = vae.encode(pixels, planner(Task("encode", *size, batch)))
+    try:
+        plan = planner(Task("encode", *size, batch))
+    except UserError:
+        if batch == 1:
+            raise
+        del pixels  # so many do not fit into --vae_memory
+        yield from _moments(vae, planner, items[: batch // 2], device)
+        yield from _moments(vae, planner, items[batch // 2 :], device)
+        return
+    posterior = vae.encode(pixels, plan)
     yield from torch.cat((posterior.mean, posterior.logvar), dim=1).cpu().unbind(0)

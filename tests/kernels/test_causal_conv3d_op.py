@@ -44,6 +44,14 @@ def test_opcheck(stride, cached):
     torch.library.opcheck(OPERATION, (*arguments, stride, stride, torch.float32, "auto"))
 
 
+def test_opcheck_of_writing_into_a_clip():
+    inputs = {name: y.detach() if isinstance(y, torch.Tensor) else y for name, y in small(frames=2).items()}
+    clip = torch.zeros(1, 5, 4, 6, 4).movedim(-1, 1)
+    earlier, previous = inputs["cache"].unbind(2)
+    arguments = (inputs["x"], inputs["weight"], inputs["bias"], earlier, previous, inputs["residual"], 1, 1)
+    torch.library.opcheck(torch.ops.osp_fast.causal_conv3d_into.default, (*arguments, clip[:, :, 1:3], "auto"))
+
+
 def two_chunks(x, weight, bias, path):
     """A layer over two chunks, the second with the cache of the first, and one with a stride."""
     first, second = x[:, :, :2], x[:, :, 2:]

@@ -39,6 +39,20 @@ def test_what_is_carried_owns_its_memory():
     assert all(part.untyped_storage().nbytes() == part.numel() * 8 for part in carry)
 
 
+def test_autocast_changes_nothing():
+    x, weight = noise(1, 3, 3, 4, 6).float(), noise(5, 3, 3, 3, 3, seed=1).float()
+    expected, _ = sum_of_chunk(x, weight, None, steps_of(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(sum_of_chunk(x, weight, None, steps_of(1))[0], expected)
+
+
+def test_a_chunk_that_leaves_frames_over_is_refused():
+    x, weight = noise(1, 3, 4, 4, 6), noise(5, 3, 3, 3, 3)
+    with pytest.raises(ValueError, match="does not end where a stride of 2 does"):
+        sum_of_chunk(x, weight, None, steps_of(2))
+    assert sum_of_chunk(x, weight, None, steps_of(2), last=True)[0].shape[2] == 2
+
+
 def test_a_chunk_that_gives_nothing_is_refused():
     x, weight = noise(1, 3, 3, 4, 6), noise(5, 3, 3, 3, 3)
     _, carry = sum_of_chunk(x, weight, None, steps_of(2))

@@ -71,18 +71,23 @@ def test_layers_in_chunks(layer, lengths, triton):
     assert launches and not state.kept
 
 
-def test_gradients_through_chunks(triton):
-    """With gradients a chunk is one piece, whose output autograd knows."""
-    block = ResidualBlock(4, 6)
-    x = torch.randn(1, 4, 6, 3, 4, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("trained", ["all", "bias", "norm", "input"])
+def test_gradients_through_chunks(trained, triton):
+    """Whatever is trained: autograd knows no output that is written in parts."""
+    torch.manual_seed(0)
+    block = ResidualBlock(6, 6)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(trained == "all" or (trained in name and trained != "input"))
+    x = torch.randn(1, 6, 6, 3, 4)
 
     def gradients():
-        leaf, state, outs = x.clone().requires_grad_(), ChunkState(), []
+        leaf, state, outs = x.clone().requires_grad_(trained in ("all", "input")), ChunkState(), []
         for number, part in enumerate(leaf.split(3, dim=2)):
             state.last = number == 1
             outs.append(block(part, state))
             state.first = False
-        return torch.autograd.grad(torch.cat(outs, dim=2).square().sum(), [leaf, *block.parameters()])
+        leaves = [one for one in (leaf, *block.parameters()) if one.requires_grad]
+        return torch.autograd.grad(torch.cat(outs, dim=2).square().sum(), leaves)
 
     expected = gradients()
     triton()
