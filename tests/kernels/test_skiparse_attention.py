@@ -127,7 +127,7 @@ def token_counts(draw, block: int, sparse_n: int):
 
 
 # No shrinking: an example takes a second, and what was drawn is printed.
-@settings(max_examples=90, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=45, phases=(Phase.explicit, Phase.generate))
 @given(data=st.data())
 def test_kernels_forward_and_gradients(data):
     """The grid that the operation promises, both versions, both backwards, against float64."""

@@ -48,8 +48,10 @@ def test_the_whole_model_in_chunks(triton):
     assert sum(earlier is not None for earlier in launches) >= 20
 
 
-@pytest.mark.parametrize("lengths", [(1, 1, 1), (3, 2)])
-@pytest.mark.parametrize("layer", ["trilinear", "nearest", "residual", "halved"])
+@pytest.mark.parametrize(
+    "layer, lengths",
+    [("trilinear", (1, 1, 1)), ("trilinear", (3, 2)), ("nearest", (2, 1)), ("residual", (3, 1)), ("halved", (2, 1, 1))],
+)
 def test_layers_in_chunks(layer, lengths, triton):
     torch.manual_seed(0)
     if layer == "residual":

@@ -1,6 +1,6 @@
 """WF-VAE through the Triton kernels for norms and wavelets, in the interpreter, against recorded numbers.
 
-Its convolutions, which the interpreter is slow at, are in test_wfvae_in_place.py.
+Its convolutions, which the interpreter is slow at, and chunks are in test_wfvae_in_place.py.
 """
 
 from pathlib import Path
@@ -48,14 +48,6 @@ def test_golden_decode(vae, io):
     assert relative(vae.decode(io["mean"]), io["reconstruction"]) < 1e-5
 
 
-def test_golden_decode_channels_last(io):
-    vae = WFVAE.from_pretrained(GOLDEN).requires_grad_(False)
-    for module in vae.modules():  # so that the bands are channels-last, too
-        if isinstance(module, torch.nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
-    assert relative(vae.decode(io["mean"]), io["reconstruction"]) < 1e-5
-
-
 def test_activations_stay_channels_last(vae, io, monkeypatch):
     """As on a GPU, where a convolution's result is channels-last if its input is: no norm has to copy."""
     copied = []
@@ -74,12 +66,6 @@ def channels_last(function):
         return out.movedim(1, -1).contiguous().movedim(-1, 1) if x.stride(1) == 1 else out
 
     return follow
-
-
-def test_in_chunks(vae, io):
-    tiles = (2, None, None)
-    assert relative(vae.encode(io["video"], tiles=tiles).mean, io["mean"]) < 1e-5
-    assert relative(vae.decode(io["mean"], tiles=tiles), io["reconstruction"]) < 1e-5
 
 
 def test_an_image(vae, monkeypatch):
