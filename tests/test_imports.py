@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"errors", "seeding", "config"}
+LEAVES = {"errors", "files", "seeding", "config"}
 ALLOWED = {
     "kernels": set(),
     "errors": set(),
+    "files": set(),
     "seeding": set(),
     "config": set(),
     "checks": LEAVES,

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from osp_fast.errors import UserError
+from osp_fast.files import sync
 
 SHARD_BYTES = 256 << 20
 SHARD_ITEMS, SHARD_RECORD_BYTES = 1024, 16 << 20  # readers take headers of up to 100 MB
@@ -71,9 +72,9 @@ class ShardWriter:
         try:
             save_file(self._tensors, unfinished, metadata=self._records)
             unfinished.chmod(0o644)  # to be read by others too, as other files that are made
-            _sync(unfinished)
+            sync(unfinished)
             os.replace(unfinished, target)
-            _sync(self._folder)
+            sync(self._folder)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
@@ -135,13 +136,5 @@ def locked(folder: Path, rank: int) -> Iterator[None]:
         raise UserError(f"--latent_cache {folder}: {reason}") from None
     try:
         yield
-    finally:
-        os.close(handle)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

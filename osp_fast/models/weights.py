@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from osp_fast.config import Recipe
 from osp_fast.errors import UserError
+from osp_fast.files import sync
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
@@ -218,12 +219,3 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int 
         if stale.name not in names and not (stale.name == INDEX and len(names) > 1):
             stale.unlink()
     sync(folder)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

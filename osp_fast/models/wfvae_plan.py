@@ -67,7 +67,7 @@ def make_plan(vae: nn.Module, task: Task, budget: int, device: torch.device, mos
     longest = min(most_frames or task.latent_frames, task.latent_frames)
     # Chunks of equal length: as few as possible, and so on.
     lengths = sorted({-(-task.latent_frames // count) for count in range(1, task.latent_frames + 1)}, reverse=True)
-    lengths = [length for length in lengths if length <= longest] or [longest]
+    lengths = [length for length in lengths if length <= longest]
     least = None
     for tile in _tiles(task.cells):
         for tiles_outside in (False, True) if tile else (False,):

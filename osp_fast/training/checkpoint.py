@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 
 from osp_fast.config import Recipe
 from osp_fast.errors import UserError
-from osp_fast.models.weights import PretrainedModel, sync
+from osp_fast.files import sync
+from osp_fast.models.weights import PretrainedModel
 from osp_fast.training.ema import EMA
 from osp_fast.training.optimizer import state_tensors
 from osp_fast.training.state import FILE_NAME as STATE_FILE

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from osp_fast.errors import UserError
-from osp_fast.models.weights import sync
+from osp_fast.files import sync
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The stock networks beside the tests are imported by their names."""
+"""Lets the tests of this folder import its helpers."""
 
 import sys
 from pathlib import Path
