@@ -151,14 +151,14 @@ def _add_flags(parser: Any, group: type) -> None:
             kind_name = "BYTES|auto" if field.metadata["memory"] else kind.__name__.upper()
             options["metavar"] = "|".join(field.metadata["choices"]) or kind_name
             if field.metadata["many"]:
-                options["nargs"] = "+"
+                options["nargs"] = "+" if default is not None else "*"
         parser.add_argument(f"--{field.name}", **options)
 
 
 def _plain_type(annotation: Any) -> type:
-    """`int | None` -> int; `list[str]` -> str; `bool` -> bool."""
+    """`int | None` -> int; `list[str]`, `list[str] | None` -> str; `bool` -> bool."""
     if typing.get_origin(annotation) in (types.UnionType, list):
-        return next(part for part in typing.get_args(annotation) if part is not types.NoneType)
+        return _plain_type(next(part for part in typing.get_args(annotation) if part is not types.NoneType))
     return annotation
 
 

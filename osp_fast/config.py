@@ -33,6 +33,10 @@ VAE_MEMORY_HELP = (
     "memory that the VAE may hold with its weights, inputs and results: bytes, or like 4GiB, 500MiB; it works in pieces"
     " of the clip that fit. auto: what is free on the device when it is first used, less a margin"
 )
+ACTIVATION_MEMORY_HELP = (
+    "memory for what forward keeps for backward: bytes, or like 20GiB; what does not fit is recomputed, first what is"
+    " cheap to recompute. auto: what is free on a GPU; on a CPU everything is kept"
+)
 ATTENTION_NAMES = ("auto", "triton", "sdpa", "flash", "reference")
 ATTENTION_HELP = (
     "what computes the DiT's attention; auto: the Triton kernel on a GPU, the reference elsewhere; sdpa: PyTorch's"
@@ -58,7 +62,7 @@ def flag(
     """
     metadata = dict(help=help, choices=choices, at_least=at_least, above=above, at_most=at_most, below=below)
     metadata |= dict(many=many, memory=memory)
-    if many:
+    if many and default is not None:
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -117,6 +121,13 @@ class ModelConfig:
     sparse_n: int | None = flag(None, "skiparse's k (default: the model's)", at_least=1)
     attention: str = flag("auto", ATTENTION_HELP, choices=ATTENTION_NAMES)
     gradient_checkpointing: bool = flag(False, "recompute each block in backward instead of keeping its activations")
+    activation_memory: int | None = flag(None, ACTIVATION_MEMORY_HELP, memory=True)
+    compile: bool | None = flag(None, "torch.compile each block of the DiT (default: on a GPU)")
+    cuda_graphs: bool | None = flag(
+        None, "replay forward and backward of a bucket as a CUDA graph (default: where it measures faster)"
+    )
+    lora_rank: int | None = flag(None, "train LoRA adapters of this rank instead of all weights", at_least=1)
+    lora_alpha: float | None = flag(None, "LoRA's scale times its rank (default: the rank)", above=0)
     mixed_precision: str = flag("no", "no: float32; bf16: autocast with float32 weights", choices=("no", "bf16"))
     allow_tf32: bool = flag(False, "let float32 matrix products use TF32 on NVIDIA GPUs")
 
@@ -140,6 +151,7 @@ class OptimizerConfig:
 
     optimizer: str = flag("adamw", "optimizer", choices=("adamw",))
     use_8bit_adam: bool = flag(False, "keep AdamW's state in 8 bits (needs torchao and a GPU)")
+    offload_optimizer: bool = flag(False, "keep AdamW's state in CPU memory and update there (needs torchao and a GPU)")
     learning_rate: float = flag(1e-4, "peak learning rate", above=0)
     lr_scheduler: str = flag("constant", "learning-rate schedule, as in diffusers", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = flag(500, "optimizer steps of linear warm-up (schedules that have one)", at_least=0)
@@ -150,6 +162,10 @@ class OptimizerConfig:
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", at_least=1)
     train_batch_size: int = flag(1, "clips per micro-batch and GPU", at_least=1)
+    tokens_per_batch: int | None = flag(
+        None, "video tokens per micro-batch and GPU, in place of --train_batch_size (needs --group_data)", at_least=1
+    )
+    max_skipped_steps: int = flag(10, "stop when this many gradients in a row are not finite", at_least=1)
 
 
 @dataclass
@@ -169,11 +185,30 @@ class RunConfig:
     num_train_epochs: int = flag(100, "epochs, when --max_train_steps is absent", at_least=1)
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints", at_least=1)
     checkpoints_total_limit: int | None = flag(None, "keep this many newest checkpoints", at_least=1)
+    checkpoints_keep_every: int | None = flag(
+        None, "never remove checkpoints whose step is a multiple of this", at_least=1
+    )
+    async_save: bool = flag(True, "write checkpoints while training goes on, from a copy in CPU memory")
     resume_from_checkpoint: str | None = flag(None, 'a checkpoint folder, or "latest" in --output_dir')
     use_ema: bool = flag(False, "keep an exponential moving average of the weights")
     ema_decay: float = flag(0.9999, "EMA decay per optimizer step", at_least=0, at_most=1)
     ema_start_step: int = flag(0, "optimizer step after which the average starts", at_least=0)
     offload_ema: bool = flag(False, "keep the average in CPU memory")
+    validation_steps: int | None = flag(None, "sample videos whenever this many steps are done", at_least=1)
+    validation_prompt: list[str] = flag(
+        (), "prompts to sample for validation (default: captions of the data)", many=True
+    )
+    validation_sampling_steps: int = flag(20, "denoising steps of a validation sample", at_least=1)
+    profile: int | None = flag(None, "write a trace of this many steps to --output_dir/profile", at_least=1)
+    hang_factor: float = flag(10.0, "a step that takes this many times the median is a hang; 0: never", at_least=0)
+    hang_seconds: float = flag(300.0, "no step shorter than this is a hang, seconds", above=0)
+    start_timeout: float = flag(600.0, "seconds to wait for every rank at the start, and in a collective", above=0)
+    shard_size: int | None = flag(
+        None, "GPUs that share one copy of the weights; groups of them hold copies (default: all)", at_least=1
+    )
+    dry_run: list[int] | None = flag(
+        None, "print memory and predicted step time on these numbers of GPUs, and exit", many=True, at_least=1
+    )
     sp_size: int = flag(1, "GPUs that share one clip", at_least=1)
     train_sp_batch_size: int = flag(1, "clips per micro-batch and sequence-parallel group", at_least=1)
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
@@ -230,6 +265,8 @@ class SampleConfig:
     enable_tiling: bool = flag(False, "decode at most 4 latent frames at once: the same result in less memory")
     vae_memory: int | None = flag(None, VAE_MEMORY_HELP, memory=True)
     save_memory: bool = flag(False, "hold only the network in use on the GPU")
+    lora: str | None = flag(None, "folder or file of LoRA adapters to add to the DiT's weights")
+    lora_scale: float = flag(1.0, "strength of --lora", at_least=0)
     attention: str = flag("auto", ATTENTION_HELP, choices=ATTENTION_NAMES)
     compile: bool = flag(False, "torch.compile each block of the DiT")
     round_rope_angles: bool = flag(False, "round RoPE angles to the weights' 16-bit type, as upstream trained")

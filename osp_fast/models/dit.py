@@ -5,7 +5,8 @@ Parameters of one product are fused (q, k, v; k, v of the text); checkpoints kee
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -113,6 +114,10 @@ class TimeEmbedding(nn.Module):
         return embedded, self.modulation(F.silu(embedded)).unflatten(-1, (6, -1))
 
 
+# Makes the two contexts, of forward and of recomputation, that `torch.utils.checkpoint` works in (its `context_fn`).
+Recompute = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
+
+
 class Pending(NamedTuple):
     """What the last layer made and is still to be added to the residual stream: x + gate * y.
 
@@ -135,6 +140,7 @@ class Block(nn.Module):
         self.cross_attention = CrossAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, config.norm_eps, elementwise_affine=config.norm_elementwise_affine)
         self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.recompute: Recompute | None = None
 
     def forward(
         self,
@@ -145,12 +151,29 @@ class Block(nn.Module):
         tokens: VisibleKeys,
         text: Tensor,
         text_tokens: VisibleKeys,
-        finish: bool = False,
     ) -> tuple[Tensor, Pending | None]:
         """x (B, N, d) and what is still to be added to it; time (B, 6, d), text (B, L, d); which of N and L are real.
 
-        Returns the residual stream in x's dtype, without the feed-forward's part, and that part; `finish` adds it.
+        Returns the residual stream in x's dtype, without the feed-forward's part, and that part. With `recompute` the
+        part is added here: between blocks one tensor is kept then instead of two, at the price of a pass of its own.
         """
+        arguments = (x, pending, time, rope, tokens, text, text_tokens)
+        if self.recompute is None or not torch.is_grad_enabled():
+            return self._forward(*arguments, finish=False)
+        options = dict(use_reentrant=False, preserve_rng_state=False, context_fn=self.recompute)
+        return checkpoint(self._forward, *arguments, True, **options)
+
+    def _forward(
+        self,
+        x: Tensor,
+        pending: Pending | None,
+        time: Tensor,
+        rope: Rope3D,
+        tokens: VisibleKeys,
+        text: Tensor,
+        text_tokens: VisibleKeys,
+        finish: bool,
+    ) -> tuple[Tensor, Pending | None]:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = time.unbind(1)
         table = self.scale_shift_table.unbind(0)
         x, normed = _add_norm_modulate(x, pending, (shift_a, scale_a), table[0:2], self.norm1)
@@ -181,8 +204,8 @@ def _add_norm_modulate(
 class DiT(PretrainedModel):
     """The diffusion transformer; construct with `DiT.create` (fresh weights) or `DiT.from_pretrained`.
 
-    `gradient_checkpointing` recomputes each block in backward; `rope_dtype` rounds RoPE angles to a 16-bit type, as
-    the released checkpoints were trained (None: float32 angles).
+    `recompute_blocks` says what is recomputed in backward; `rope_dtype` rounds RoPE angles to a 16-bit type, as the
+    released checkpoints were trained (None: float32 angles).
     """
 
     class_name = "OpenSoraT2V_v1_3"
@@ -199,7 +222,6 @@ class DiT(PretrainedModel):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
         self.rope_dtype: torch.dtype | None = None
         width = config.width
         self.patch_embed = nn.Conv3d(config.in_channels, width, config.patch, stride=config.patch)
@@ -258,6 +280,18 @@ class DiT(PretrainedModel):
             block.self_attention.backend = block.cross_attention.backend = backend
         return self
 
+    def recompute_blocks(self, recompute: Sequence[Recompute | None] | Recompute | None) -> "DiT":
+        """What each block (or every block) recomputes in backward instead of keeping it. Returns the model.
+
+        None: nothing; `noop_context_fn` of `torch.utils.checkpoint`: everything; what
+        `create_selective_checkpoint_contexts` makes of a policy: what the policy does not save.
+        """
+        blocks = self.transformer_blocks
+        each = recompute if isinstance(recompute, Sequence) else [recompute] * len(blocks)
+        for block, context_fn in zip(blocks, each, strict=True):
+            block.recompute = context_fn
+        return self
+
     def attention_summary(self) -> str:
         """Which attention serves which block, in words."""
         return describe_attention((block.self_attention, block.cross_attention) for block in self.transformer_blocks)
@@ -295,12 +329,7 @@ class DiT(PretrainedModel):
         tokens, text_tokens = VisibleKeys.from_mask(token_mask), VisibleKeys.from_mask(text_mask)
         pending = None
         for block in self.transformer_blocks:
-            arguments = (x, pending, time, rope, tokens, text, text_tokens)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                # Between blocks one tensor is kept instead of two; adding the second costs a pass of its own.
-                x, pending = checkpoint(block, *arguments, True, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, pending = block(*arguments)
+            x, pending = block(x, pending, time, rope, tokens, text, text_tokens)
         _, x = _add_norm_modulate(x, pending, (embedded, embedded), self.scale_shift_table.unbind(0), self.norm_out)
         return self._unpatchify(self.proj_out(x), size)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import noop_context_fn
 
 from osp_fast.config import ModelConfig, TrainConfig
 from osp_fast.device import memory_allowance
@@ -79,7 +80,7 @@ def build_dit(config: TrainConfig, checkpoint: Path | None, device: torch.device
     else:
         _check_architecture(Path(folder), model)
         dit = load_trainable(Path(folder), device, **overrides)
-    dit.gradient_checkpointing = model.gradient_checkpointing
+    dit.recompute_blocks(noop_context_fn if model.gradient_checkpointing else None)
     return dit.use_attention(model.attention, device, compute_dtype(model)).train()
 
 

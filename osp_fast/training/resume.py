@@ -18,7 +18,10 @@ ANOTHER_MODEL = (
     "model.interpolation_scale_w",
     "model.sparse1d",
     "model.sparse_n",
+    "model.lora_rank",
+    "model.lora_alpha",
     "optimizer.use_8bit_adam",
+    "optimizer.offload_optimizer",
 )
 # The checkpoint's place in the data, and what is drawn there, would mean nothing.
 OTHER_DATA = (
@@ -62,6 +65,7 @@ ON_PURPOSE = (
     "optimizer.max_grad_norm",
     "optimizer.train_batch_size",
     "optimizer.gradient_accumulation_steps",
+    "optimizer.tokens_per_batch",
     "run.max_train_steps",
     "run.use_ema",
     "run.ema_decay",
@@ -69,7 +73,14 @@ ON_PURPOSE = (
 )
 
 # Settings that checkpoints of earlier versions do not hold, and what these did.
-NEWER = {"data.latent_cache": None, "data.cache_variants": 1}
+NEWER = {
+    "data.latent_cache": None,
+    "data.cache_variants": 1,
+    "model.lora_rank": None,
+    "model.lora_alpha": None,
+    "optimizer.offload_optimizer": False,
+    "optimizer.tokens_per_batch": None,
+}
 
 
 def check_resume(state: TrainerState, config: TrainConfig, data_fingerprint: str, name: str) -> list[str]:
