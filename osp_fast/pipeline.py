@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ NEGATIVE_PROMPT = (
 
 OnStep = Callable[[int, int, int, int], None]
 OnFrames = Callable[[int, int, np.ndarray], None]
+OnPiece = Callable[[np.ndarray], None]
 
 
 class Parametrization(NamedTuple):
@@ -183,29 +185,63 @@ class VideoPipeline:
         `on_frames(prompt_index, sample_index, frames)` with each piece of a clip as soon as it is decoded, before the
         whole clip is given. Raises `UserError`, before anything is computed, if the settings do not fit together.
         """
+        sampled = self.latents(
+            prompts,
+            negative_prompt=negative_prompt,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            method=method,
+            seed=seed,
+            samples_per_prompt=samples_per_prompt,
+            prediction_type=prediction_type,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+            on_step=on_step,
+        )
+        decode = self.decoder(num_frames, height, width, tiles, vae_memory, most_latent_frames, report)
+
+        def clips() -> Iterator[GeneratedClip]:
+            for prompt, sample, latents in sampled:
+                frames = decode(latents, partial(on_frames, prompt, sample) if on_frames else None)
+                yield GeneratedClip(prompt, sample, prompts[prompt], frames, seed)
+
+        return clips()
+
+    def latents(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        num_frames: int,
+        height: int,
+        width: int,
+        steps: int,
+        guidance_scale: float,
+        method: str,
+        seed: int,
+        samples_per_prompt: int = 1,
+        prediction_type: str | None = None,
+        rescale_betas_zero_snr: bool | None = None,
+        on_step: OnStep | None = None,
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """`generate` without its VAE: (prompt_index, sample_index, latents (1, C, T, H, W) as the DiT has them).
+
+        Raises `UserError`, before anything is computed, if the settings do not fit together.
+        """
         shape = self._latent_shape(num_frames, height, width)
         parametrization = resolve_parametrization(self.recipe, method, prediction_type, rescale_betas_zero_snr)
         scheduler = parametrization.scheduler(method)
         scheduler.set_steps(steps)
-        allowance = (
-            (lambda held: memory_allowance(self.device, held)) if vae_memory is None else lambda held: vae_memory
-        )
-        planner = Planner(self.vae, self.device, allowance, most_latent_frames, report)
 
-        def plan() -> Plan:
-            task = Task("decode", num_frames, height, width, collected=False, pixels=pixel_type(self.vae))
-            return planner(task) if tiles is None else as_plan(tiles)
-
-        if vae_memory is not None:
-            plan()
-
-        def clips() -> Iterator[GeneratedClip]:
+        def clips() -> Iterator[tuple[int, int, Tensor]]:
             texts = [PROMPT_TEMPLATE.format(prompt) for prompt in prompts]
             if guidance_scale != 1:
                 texts.append(NEGATIVE_PROMPT if negative_prompt is None else negative_prompt)
             encoded = self._encode(texts)
             negative = encoded.pop() if guidance_scale != 1 else (None, None)
-            for prompt_index, (prompt, text) in enumerate(zip(prompts, encoded, strict=True)):
+            for prompt_index, text in enumerate(encoded):
                 for sample_index in range(samples_per_prompt):
                     place = (seed, prompt_index, sample_index)
 
@@ -219,16 +255,49 @@ class VideoPipeline:
                         latents = denoise(
                             self.dit, scheduler, steps, noise, *text, *negative, guidance_scale, generator, report
                         )
-                    frames = np.empty((num_frames, height, width, 3), np.uint8)
-                    start = 0
-                    for piece in self._decode(latents, plan):
-                        frames[start : start + len(piece)] = piece
-                        start += len(piece)
-                        if on_frames:
-                            on_frames(prompt_index, sample_index, piece)
-                    yield GeneratedClip(prompt_index, sample_index, prompt, frames, seed)
+                    yield prompt_index, sample_index, latents
 
         return clips()
+
+    def decoder(
+        self,
+        num_frames: int,
+        height: int,
+        width: int,
+        tiles: Tiles | None = None,
+        vae_memory: int | None = None,
+        most_latent_frames: int | None = None,
+        report: Callable[[str], None] | None = None,
+    ) -> Callable[[Tensor, OnPiece | None], np.ndarray]:
+        """What decodes clips of this size, with the last settings as `generate` has them.
+
+        Returns a function: latents (1, C, T, H, W) as the DiT has them, and what gets each piece (t, height, width, 3)
+        as soon as it is decoded -> the frames, uint8 (num_frames, height, width, 3). Raises `UserError`, also here, if
+        `vae_memory` is not enough.
+        """
+        allowance = (
+            (lambda held: memory_allowance(self.device, held)) if vae_memory is None else lambda held: vae_memory
+        )
+        planner = Planner(self.vae, self.device, allowance, most_latent_frames, report)
+
+        def plan() -> Plan:
+            task = Task("decode", num_frames, height, width, collected=False, pixels=pixel_type(self.vae))
+            return planner(task) if tiles is None else as_plan(tiles)
+
+        if vae_memory is not None:
+            plan()
+
+        def decode(latents: Tensor, on_piece: OnPiece | None = None) -> np.ndarray:
+            frames = np.empty((num_frames, height, width, 3), np.uint8)
+            start = 0
+            for piece in self._decode(latents, plan):
+                frames[start : start + len(piece)] = piece
+                start += len(piece)
+                if on_piece:
+                    on_piece(piece)
+            return frames
+
+        return decode
 
     def _latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """(1, C, T, H, W) of the latents. Raises `UserError` for sizes that the networks cannot give."""

@@ -4,25 +4,20 @@ Each sample is `{method}_{index}_gs{g}_s{steps}.mp4` (one frame: .jpg) in `--sav
 that holds all that made it; more than one sample also give a grid.
 """
 
-import math
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from osp_fast import __version__
 from osp_fast.checks import with_recipe
 from osp_fast.cli import parse_sample
 from osp_fast.config import SAMPLE_PRESETS, SampleConfig, as_dict
 from osp_fast.data.captions import clean_caption
-from osp_fast.data.write import VideoWriter, image_grid, video_grid, write_image, write_video
 from osp_fast.device import check_single_process, resolve_device, resolve_dtype
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.models.attention_backends import resolve_attention
@@ -35,10 +30,10 @@ from osp_fast.pipeline import (
     resolve_parametrization,
 )
 from osp_fast.progress import Progress, duration
+from osp_fast.sample_files import ClipFiles, Grid, versions
 from osp_fast.training.checkpoint import list_checkpoints
 
 TILING_FRAMES = 4  # latent frames decoded at once, at most, with --enable_tiling
-GRID_WIDTH = 3840  # pixels; a grid that would be wider is made of shrunk clips, which also bounds the memory
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,9 +102,6 @@ def run(
     output: Path,
 ) -> None:
     """Generate and write all samples of `prompts`; `calls` model calls make one, `settings` go into every sidecar."""
-    import diffusers
-
-    versions = {"osp_fast": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
     chinese = pipeline.text_encoder.is_multilingual
     cleaned = clean_prompts(prompts, lambda text: clean_caption(text, chinese=chinese))
     negative = config.negative_prompt
@@ -144,10 +136,8 @@ def run(
         on_frames=lambda prompt, sample, frames: files.write(prompt * per_prompt + sample, frames),
         report=progress.message,
     )
-    columns = per_prompt if per_prompt > 1 else math.ceil(math.sqrt(total))
-    shrink = math.ceil(columns * config.width / GRID_WIDTH)
+    grid = Grid(per_prompt, config.width) if per_prompt > 1 else Grid.of(total, config.width)
     method, suffix = config.sample_method, f"gs{config.guidance_scale}_s{config.num_sampling_steps}"
-    shown = []
     with ClipFiles(lambda index: output / f"{method}_{index}_{suffix}", config.num_frames, config.fps) as files:
         for index, clip in enumerate(clips):
             path = files.finish(index)
@@ -159,56 +149,14 @@ def run(
                 "full_prompt": PROMPT_TEMPLATE.format(clip.prompt),
                 **{name: value for name, value in settings.items() if name != "text_prompt"},
                 "negative_prompt": negative,
-                "versions": versions,
+                "versions": versions(),
             }
             write_json(path.with_name(path.stem + ".json"), sidecar)
             progress.message(f"wrote {path}")
-            shown.append(smaller(clip.frames, shrink))
+            grid.add(clip.frames)
     progress.close()
     if total > 1:
-        if config.num_frames == 1:
-            grid = image_grid([frames[0] for frames in shown], columns)[None]
-        else:
-            grid = video_grid(shown, columns)
-        say(f"wrote {write_frames(output / f'{method}_{suffix}_grid', grid, config.fps)}")
-
-
-class ClipFiles:
-    """The files of a run's clips, one after the other, each written while its frames come. A context manager.
-
-    stem: of a clip's number -> its path without suffix.
-    """
-
-    def __init__(self, stem: Callable[[int], Path], num_frames: int, fps: float):
-        self._stem, self._num_frames, self._fps = stem, num_frames, fps
-        self._open = ExitStack()
-        self._writer: VideoWriter | None = None
-
-    def __enter__(self) -> "ClipFiles":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._open.__exit__(*exception)
-
-    def path(self, index: int) -> Path:
-        """Of a clip: .mp4, or .jpg for one frame."""
-        stem = self._stem(index)
-        return stem.with_name(stem.name + (".jpg" if self._num_frames == 1 else ".mp4"))
-
-    def write(self, index: int, frames: np.ndarray) -> None:
-        """Add frames (t, H, W, 3) to clip `index`. Raises UserError if its file cannot be written."""
-        if self._num_frames == 1:
-            write_image(self.path(index), frames[0])
-            return
-        if self._writer is None:
-            self._writer = self._open.enter_context(VideoWriter(self.path(index), self._fps))
-        self._writer.write(frames)
-
-    def finish(self, index: int) -> Path:
-        """Complete a clip whose frames have all come; its path. Raises UserError if its file cannot be written."""
-        self._writer = None
-        self._open.close()
-        return self.path(index)
+        say(f"wrote {grid.write(output / f'{method}_{suffix}_grid', config.fps)}")
 
 
 def refuse_what_is_missing(config: SampleConfig) -> None:
@@ -304,26 +252,6 @@ def writable_folder(name: str) -> Path:
     except OSError as error:
         raise UserError(f"--save_img_path {folder} cannot be written to ({error.strerror}): name another") from None
     return folder
-
-
-def write_frames(stem: Path, frames: np.ndarray, fps: int) -> Path:
-    """Write uint8 (T, H, W, 3) as stem.mp4, or one frame as stem.jpg; returns the path."""
-    if len(frames) == 1:
-        path = stem.with_name(stem.name + ".jpg")
-        write_image(path, frames[0])
-    else:
-        path = stem.with_name(stem.name + ".mp4")
-        write_video(path, frames, fps)
-    return path
-
-
-def smaller(frames: np.ndarray, factor: int) -> np.ndarray:
-    """Frames (T, H, W, 3) with height and width divided by a whole number: the mean of each square of pixels."""
-    if factor == 1:
-        return frames
-    height, width = (size // factor for size in frames.shape[1:3])
-    squares = frames[:, : height * factor, : width * factor].reshape(len(frames), height, factor, width, factor, 3)
-    return squares.mean((2, 4), dtype=np.float32).round().astype(np.uint8)
 
 
 def say(line: str) -> None:

@@ -20,8 +20,12 @@ ALLOWED = {
     "models": LEAVES | {"kernels"},
     "data": LEAVES,
     "diffusion": LEAVES,
-    "training": LEAVES | {"progress", "device", "models", "diffusion", "data"},
+    "parallel": LEAVES | {"device", "kernels", "models"},
+    "engine": LEAVES | {"kernels", "models"},
+    "training": LEAVES | {"progress", "device", "models", "diffusion", "data", "parallel", "engine"},
     "pipeline": LEAVES | {"device", "models", "diffusion"},
+    "sample_files": LEAVES | {"data"},
+    "validation": LEAVES | {"device", "models", "diffusion", "data", "training", "pipeline", "sample_files"},
     "assets": LEAVES | {"kernels", "models", "data"},
 }
 ENTRY_POINTS = {"train", "sample", "inspect", "demo", "reconstruct", "encode"}

@@ -19,7 +19,8 @@ from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.pipeline import NEGATIVE_PROMPT
-from osp_fast.sample import main, read_prompts, smaller
+from osp_fast.sample import main, read_prompts
+from osp_fast.sample_files import smaller
 
 VAE_FOLDER = Path(__file__).parent / "golden/vae"
 CONFIG = DiTConfig(
