@@ -12,7 +12,8 @@ class Progress:
     """Progress through `total` equal units of work, of which `first` were done before.
 
     On a terminal it is a tqdm bar. Elsewhere it is a plain line whenever `PLAIN_SECONDS` have passed since the last
-    one, for the first and the last unit, and for milestones; each ends with the time left.
+    one, for the first and the last unit, and for milestones; each ends with the time left. `quiet`: nothing at all, as
+    for ranks beside the one that speaks.
     """
 
     def __init__(
@@ -21,6 +22,7 @@ class Progress:
         first: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        quiet: bool = False,
     ):
         self._stream = stream or sys.stderr
         self._first, self._total = first, total
@@ -28,7 +30,8 @@ class Progress:
         self._started_at = clock()
         self._shown_at = float("-inf")
         self._bar = None
-        if self._stream.isatty():
+        self._quiet = quiet
+        if self._stream.isatty() and not quiet:
             from tqdm import tqdm
 
             self._bar = tqdm(initial=first, total=total, unit="step", file=self._stream, dynamic_ncols=True)
@@ -39,6 +42,8 @@ class Progress:
 
     def show(self, done: int, what: str, facts: str, milestone: bool = False) -> None:
         """Show that `done` units are done: `what` names the place ("step 3/10"), `facts` tells about it."""
+        if self._quiet:
+            return
         if self._bar is not None:
             self._bar.set_description_str(what, refresh=False)
             self._bar.set_postfix_str(facts, refresh=False)
@@ -52,6 +57,8 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Print a line without tearing the bar."""
+        if self._quiet:
+            return
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:

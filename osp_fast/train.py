@@ -1,4 +1,4 @@
-"""Training from the command line: python -m osp_fast.train --preset tiny, or upstream's flags.
+"""Training from the command line: python -m osp_fast.train --preset tiny, or upstream's flags; several GPUs: torchrun.
 
 The run's settings, history and checkpoints go to `--output_dir`; `osp_fast/training` does the work.
 """
@@ -6,20 +6,26 @@ The run's settings, history and checkpoints go to `--output_dir`; `osp_fast/trai
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from osp_fast.assets.build import ensure_tiny
 from osp_fast.cli import parse_train
 from osp_fast.config import TINY_FOLDER, TrainConfig, as_dict
 from osp_fast.data.buckets import Plan, load_plan
 from osp_fast.data.dataset import ClipLoader
+from osp_fast.data.latent_cache import LatentCache
 from osp_fast.data.rejects import RejectLog
-from osp_fast.device import resolve_device
+from osp_fast.diffusion.schedule import DiffusionObjective
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.models.attention_backends import resolve_attention
+from osp_fast.models.dit import DiT
+from osp_fast.parallel.apply import shard_dit
+from osp_fast.parallel.mesh import make_mesh
+from osp_fast.parallel.world import World, open_world
 from osp_fast.progress import Progress
 from osp_fast.training.build import (
     build_dit,
@@ -32,92 +38,143 @@ from osp_fast.training.build import (
     set_precision,
 )
 from osp_fast.training.cached import open_cache
-from osp_fast.training.guards import StopSignals, refuse_parallel_runs
-from osp_fast.training.loop import Trainer, prepare_output
+from osp_fast.training.guards import StopSignals, refuse_sequence_parallelism
+from osp_fast.training.loop import Trainer
 from osp_fast.training.metrics import MetricsLog
-from osp_fast.training.place import clips_per_step, plan_summary, starting_point, steps_per_epoch
-from osp_fast.training.step import ClipLoss
+from osp_fast.training.output import prepare_output
+from osp_fast.training.place import BatchSizes, batch_sizes, plan_summary, starting_point, steps_per_epoch
+from osp_fast.training.prepare import BatchFeed, BatchMaker
+from osp_fast.training.state import TrainerState
+from osp_fast.training.step import DenoisingLoss
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the flags say. Raises `UserError`, and SystemExit when a signal ended the run (130 or 143)."""
+    """Train as the flags say. Raises `UserError`, and SystemExit when a signal ended the run (128 + its number)."""
     config, _ = parse_train(argv)
-    refuse_parallel_runs(config.run)
-    if config.run.preset == "tiny":
-        ensure_tiny(TINY_FOLDER)
-    code = train(config)
+    refuse_sequence_parallelism(config.run)
+    with open_world(config.run.device, config.run.start_timeout) as world:
+        if config.run.preset == "tiny" and world.ranks.local_rank == 0:
+            ensure_tiny(TINY_FOLDER)
+        code = train(config, world)
     if code:
         sys.exit(code)
 
 
-def train(config: TrainConfig) -> int:
-    """A training run from beginning to end. Returns the exit code: 0, or 130 or 143 after SIGINT or SIGTERM.
+def train(config: TrainConfig, world: World) -> int:
+    """A training run from beginning to end, as one of its ranks. Returns the exit code: 0, or 128 + a signal's number.
 
     Raises:
         UserError: anything that the user has to mend.
     """
-    run = config.run
-    output_dir = Path(run.output_dir)
-    device = resolve_device(run.device)
-    check_folders(config.model)
-    resolve_attention(config.model.attention, device, compute_dtype(config.model))
-    checkpoint = prepare_output(config, say)
+    run, device = config.run, world.device
+    tell = say if world.is_first else lambda line: None
+    with world.together():
+        check_folders(config.model)
+        resolve_attention(config.model.attention, device, compute_dtype(config.model))
+    with world.together():
+        checkpoint = prepare_output(config, tell) if world.is_first else None
+    checkpoint = world.gather(checkpoint)[0]
     for group, values in as_dict(config).items():
-        say(f"{group}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
-    plan = load_plan(config.data, run.seed, say)
-    say(plan_summary(plan))
-    cache = None if config.data.latent_cache is None else open_cache(config, plan, say)
-    state = starting_point(config, plan, checkpoint, say)
-    save_settings(config)
-    total_steps = run.max_train_steps or run.num_train_epochs * steps_per_epoch(plan, config)
+        tell(f"{group}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
+    with world.together():
+        plan = load_plan(config.data, run.seed, tell)
+        tell(plan_summary(plan))
+        sizes = batch_sizes(plan, config, world.size)
+        cache = None if config.data.latent_cache is None else open_cache(config, plan, tell)
+        state = starting_point(config, plan, sizes, checkpoint, tell)
+        if world.is_first:
+            save_settings(config)
+    total_steps = run.max_train_steps or run.num_train_epochs * steps_per_epoch(plan, sizes, config.data.group_data)
     if state.step >= total_steps:
-        say(f"{checkpoint} is already at step {state.step} of {total_steps}: raise --max_train_steps to train further")
+        tell(f"{checkpoint} is already at step {state.step} of {total_steps}: raise --max_train_steps to train further")
         return 0
+    return run_steps(config, world, plan, sizes, cache, state, checkpoint, total_steps, tell)
 
+
+def run_steps(
+    config: TrainConfig,
+    world: World,
+    plan: Plan,
+    sizes: BatchSizes,
+    cache: LatentCache | None,
+    state: TrainerState,
+    checkpoint: Path | None,
+    total_steps: int,
+    tell: Callable[[str], None],
+) -> int:
+    """Build the networks and train from `state` to `total_steps`. Returns the exit code. Raises `UserError`."""
+    run, device = config.run, world.device
+    output_dir = Path(run.output_dir)
     set_precision(config.model)
     set_determinism(run.deterministic, device)
-    dit = build_dit(config, checkpoint, device)
-    vae = build_vae(config.model, dit, device, weights=cache is None)
-    text = check_text_encoder(config.model, dit)
-    text_encoder = load_text_encoder(config.model, device) if cache is None else None
+    with world.together():
+        dit = build_dit(config, checkpoint, device)
+        vae = build_vae(config.model, dit, device, weights=cache is None)
+        text = check_text_encoder(config.model, dit)
+        text_encoder = load_text_encoder(config.model, device) if cache is None else None
     size = sum(parameter.numel() for parameter in dit.parameters()) / 1e6
-    say(f"{size:.1f} M parameters on {device}, {total_steps} steps")
-    say(f"attention: {dit.attention_summary()}")
+    tell(f"{size:.1f} M parameters on {world.size} x {device.type}, {total_steps} steps")
+    tell(f"attention: {dit.attention_summary()}")
+    cpu_mesh = spread(dit, config, world)
+    objective = DiffusionObjective(config.diffusion, device)
+    loss = DenoisingLoss(dit, objective, bf16=compute_dtype(config.model) == torch.bfloat16)
+    progress = Progress(total_steps, first=state.step, quiet=not world.is_first)
+    with world.together():
+        trainer = Trainer(config, world, loss, state, checkpoint, total_steps, progress, cpu_mesh)
     stop = StopSignals()
-    trainer = Trainer(config, ClipLoss(dit, vae, text_encoder, config, device), state, checkpoint, total_steps)
     loader = ClipLoader(
         plan,
         config.data,
         seed=run.seed,
-        global_batch_size=clips_per_step(config),
+        global_batch_size=sizes.for_order,
         drop_caption=config.diffusion.cfg,
         chinese=text.is_multilingual,
-        rejects=RejectLog(output_dir / "rejects.jsonl", config.data.max_bad_samples),
+        rejects=RejectLog(output_dir / rank_file("rejects", world), config.data.max_bad_samples),
         cache=cache,
+        rank=world.rank,
+        world_size=world.size,
         epoch=state.epoch,
         first_batch=state.batch,
-        stopped=lambda: stop.received is not None,
+        # With others about, all decide together, before a step.
+        stopped=lambda: world.alone and stop.received is not None,
     )
+    maker = BatchMaker(vae, text_encoder, objective, config, device)
+    feed = BatchFeed(loader, maker, state.step, sizes.accumulation)
     continued = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
-    metrics = MetricsLog(run, resumed_step=state.step if continued else 0)
-    progress = Progress(total_steps, first=state.step)
+    metrics = MetricsLog(run, state.step if continued else 0, progress.message) if world.is_first else None
     try:
         with stop:
-            last = trainer.run(loader, metrics, progress, stop)
+            last = trainer.run(feed, metrics, stop)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"step {state.step + 1} does not fit into the memory of {device}: use --gradient_checkpointing,"
-            " --vae_memory, --mixed_precision bf16 or a smaller --train_batch_size"
+            " --activation_memory, --vae_memory, --mixed_precision bf16 or a smaller --train_batch_size"
         ) from error
     finally:
         progress.close()
-        metrics.close()
+        if metrics is not None:
+            metrics.close()
         loader.close()
+        feed.close()
     if state.step < total_steps:
-        say(f"{stop.received.name}: stopped after step {state.step}; go on with --resume_from_checkpoint {last}")
+        tell(f"{stop.received.name}: stopped after step {state.step}; go on with --resume_from_checkpoint {last}")
         return stop.exit_code
-    say(f"trained {state.step} steps: {last}\nsample from it: {sample_command(config, plan, last)}")
+    tell(f"trained {state.step} steps: {last}\nsample from it: {sample_command(config, plan, last)}")
     return 0
+
+
+def spread(dit: DiT, config: TrainConfig, world: World) -> DeviceMesh | None:
+    """Spread the weights over the ranks; returns their mesh as CPUs, None in one process. Raises `UserError`."""
+    if world.alone:
+        return None
+    mesh = make_mesh(world.device.type, world.size, config.run.shard_size)
+    shard_dit(dit, mesh, compute_dtype(config.model))
+    return mesh if world.device.type == "cpu" else make_mesh("cpu", world.size, config.run.shard_size)
+
+
+def rank_file(stem: str, world: World) -> str:
+    """The name of a file of JSON lines that each rank writes for itself."""
+    return f"{stem}.jsonl" if world.alone else f"{stem}-r{world.rank}.jsonl"
 
 
 def say(line: str) -> None:

@@ -6,7 +6,7 @@ decoder process (`video.py`); the order of results is the order of the epoch, wh
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass
 
@@ -53,11 +53,15 @@ class LoadedClip:
 
 @dataclass
 class StepBatch:
-    """One rank's clips of one optimizer step; `wait_s` is how long the caller waited for them, seconds."""
+    """One rank's clips of one optimizer step.
+
+    `size` counts the clips of all ranks; `wait_s` is how long the caller waited for this rank's, seconds.
+    """
 
     epoch: int
     index: int
     batches_in_epoch: int
+    size: int
     clips: list[LoadedClip]
     wait_s: float = 0.0
 
@@ -65,11 +69,12 @@ class StepBatch:
 class ClipLoader:
     """Iterates over epochs without end, from batch `first_batch` of `epoch` on, yielding this rank's `StepBatch`es.
 
-    A clip that cannot be decoded is replaced by another of its bucket (of another bucket if its own has no sound one),
-    the same one whenever it happens, and noted in `rejects`. Iterating raises UserError when too many files are broken
-    or none is sound; it ends when `stopped` turns true, also while it waits for a clip. Call `close` (or use the loader
-    as a context manager) to end threads and decoder processes. With a `cache`, which holds every clip of the plan,
-    nothing is decoded: moments and text states are read from it.
+    With `group_data` the batch size may be given for each bucket. A clip that cannot be decoded is replaced by another
+    of its bucket (of another bucket if its own has no sound one), the same one whenever it happens, and noted in
+    `rejects`. Iterating raises UserError when too many files are broken or none is sound; it ends when `stopped` turns
+    true, also while it waits for a clip. Call `close` (or use the loader as a context manager) to end threads and
+    decoder processes. With a `cache`, which holds every clip of the plan, nothing is decoded: moments and text states
+    are read from it.
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class ClipLoader:
         config: DataConfig,
         *,
         seed: int,
-        global_batch_size: int,
+        global_batch_size: int | Mapping[Bucket, int],
         drop_caption: float,
         chinese: bool,
         rejects: RejectLog,
@@ -121,15 +126,16 @@ class ClipLoader:
     def __iter__(self) -> Iterator[StepBatch]:
         crew = Crew(self._config.dataloader_num_workers, self._config.decode_timeout, self._load)
         self._crews.append(crew)
-        share = self._global_batch_size // self._world_size
-        ahead = max(PREFETCH * self._config.dataloader_num_workers, share)
+        sizes = self._global_batch_size
+        largest = sizes if isinstance(sizes, int) else max(sizes.values())
+        ahead = max(PREFETCH * self._config.dataloader_num_workers, largest // self._world_size)
         waiting: deque[tuple[StepBatch, Future]] = deque()
         try:
             for batch, slot, clip_index in self._order():
                 waiting.append((batch, crew.submit(batch.epoch, slot, clip_index)))
                 while len(waiting) > ahead:
                     filled = self._collect(*waiting.popleft())
-                    if len(filled.clips) == share:
+                    if len(filled.clips) == filled.size // self._world_size:
                         yield filled
         except (CancelledError, DecodeError):
             return  # stopped, or closed by another thread
@@ -149,7 +155,7 @@ class ClipLoader:
                 group_data=self._config.group_data,
             )
             for index in range(first, len(batches)):
-                batch = StepBatch(epoch, index, len(batches), [])
+                batch = StepBatch(epoch, index, len(batches), len(batches[index]), [])
                 for slot in rank_share(batches[index], self._rank, self._world_size):
                     yield batch, slot, batches[index][slot]
             epoch, first = epoch + 1, 0

@@ -5,7 +5,7 @@ be resumed on another number of GPUs. Permutations come from sorting raw PCG64 o
 unlike that of its shuffles: the order survives an upgrade of NumPy in the middle of a run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,30 +14,34 @@ from osp_fast.seeding import stable_seed
 
 
 def epoch_batches(
-    buckets_of_clips: Sequence[Bucket], *, seed: int, epoch: int, global_batch_size: int, group_data: bool
+    buckets_of_clips: Sequence[Bucket],
+    *,
+    seed: int,
+    epoch: int,
+    global_batch_size: int | Mapping[Bucket, int],
+    group_data: bool,
 ) -> list[list[int]]:
     """The clips of each optimizer step of one epoch, as indices into `buckets_of_clips`.
 
-    Every batch has `global_batch_size` clips. With `group_data` a batch holds clips of one bucket, and the batches of
-    all buckets are shuffled; otherwise all clips are shuffled together. A remainder is filled by repeating clips (of
-    its bucket), so every clip occurs at least once, and twice in one batch only if there are too few to fill it.
-    An empty sequence gives no batches.
+    Every batch has `global_batch_size` clips. With `group_data` a batch holds clips of one bucket, whose size may be
+    given for each bucket, and the batches of all buckets are shuffled; otherwise all clips are shuffled together.
+    A remainder is filled by repeating clips (of its bucket), so every clip occurs at least once, and twice in one batch
+    only if there are too few to fill it. An empty sequence gives no batches.
     """
     if not buckets_of_clips:
         return []
-    names = (seed, epoch, global_batch_size)
     if not group_data:
         clips = np.arange(len(buckets_of_clips))
-        return _fill_batches(clips, global_batch_size, "clips", *names).tolist()
+        return _fill_batches(clips, global_batch_size, "clips", seed, epoch, global_batch_size).tolist()
     members: dict[Bucket, list[int]] = {}
     for clip, bucket in enumerate(buckets_of_clips):
         members.setdefault(bucket, []).append(clip)
-    parts = [
-        _fill_batches(np.asarray(members[bucket]), global_batch_size, "clips", *names, str(bucket))
-        for bucket in sorted(members)
-    ]
-    batches = np.concatenate(parts)
-    return batches[_permutation(len(batches), "batches", *names)].tolist()
+    batches: list[list[int]] = []
+    for bucket in sorted(members):
+        size = global_batch_size if isinstance(global_batch_size, int) else global_batch_size[bucket]
+        batches += _fill_batches(np.asarray(members[bucket]), size, "clips", seed, epoch, size, str(bucket)).tolist()
+    sizes = global_batch_size if isinstance(global_batch_size, int) else "by bucket"
+    return [batches[place] for place in _permutation(len(batches), "batches", seed, epoch, sizes)]
 
 
 def rank_share(batch: Sequence[int], rank: int, world_size: int) -> list[int]:

@@ -68,12 +68,13 @@ class DiffusionObjective:
         self.noise_level = (1 - cumulated).sqrt().to(device, torch.float32)
         self.weights = _min_snr_weights(snr, config.prediction_type, config.snr_gamma).to(device, torch.float32)
 
-    def timesteps(self, uniform: Tensor, stratum: int = 0, strata: int = 1) -> Tensor:
+    def timesteps(self, uniform: Tensor, stratum: Tensor | int = 0, strata: int = 1) -> Tensor:
         """Timesteps (B,) from `uniform` (B,), independent draws from [0, 1).
 
-        Rank r of n passes stratum r of n strata and gets draws from the r-th n-th of the distribution, so that all
-        ranks together cover it evenly. Discrete diffusion: int64 in 0..999, uniform. Rectified flow: float32
-        1000 sigma in [1, 1000]; the strata are quantile ranges of the density that `weighting_scheme` names.
+        Stratum r of n gives draws from the r-th n-th of the distribution; `stratum` may be one for each draw, (B,). So
+        the clips of a batch, and all ranks together, cover it evenly. Discrete diffusion: int64 in 0..999, uniform.
+        Rectified flow: float32, 1000 sigma in [1, 1000]; the strata are quantile ranges of the density that
+        `weighting_scheme` names.
         """
         quantile = (uniform.double() + stratum) / strata
         if not self.config.rf_scheduler:

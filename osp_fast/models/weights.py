@@ -96,11 +96,15 @@ class PretrainedModel(nn.Module):
         """Write this model (or `state`, e.g. averaged weights, under its names) as a model folder, synced to disk."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        self.save_config(folder, recipe)
+        write_tensors(folder, self.to_checkpoint(self.state_dict() if state is None else state))
+
+    def save_config(self, folder: Path, recipe: Recipe | None = None) -> None:
+        """Write config.json, and recipe.json if there is a recipe, to a folder; synced to disk."""
         values = {"_class_name": self.class_name, **dataclasses.asdict(self.config), **self.fixed_config}
         write_json(folder / "config.json", values)
         if recipe is not None:
             write_json(folder / RECIPE, dataclasses.asdict(recipe))
-        write_tensors(folder, self.to_checkpoint(self.state_dict() if state is None else state))
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -193,29 +197,48 @@ def check_tensors(folder: Path, found: Mapping[str, Tensor], expected: Mapping[s
             )
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write tensors as one safetensors file, or as shards of at most about shard_bytes with an index; synced."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = total = 0
+def plan_files(tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
+    """Which file of a model folder each tensor goes to: one, or shards of at most about `shard_bytes`.
+
+    Only sizes are looked at, so meta tensors do.
+    """
+    shards: list[list[str]] = [[]]
+    size = 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
+        shards[-1].append(name)
         size += tensor.nbytes
-        total += tensor.nbytes
-    if len(shards) == 1:
-        names = [WEIGHTS]
-    else:
-        stem = WEIGHTS.removesuffix(".safetensors")
-        names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        sync(folder / name)
+    stem = WEIGHTS.removesuffix(".safetensors")
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = names if len(shards) > 1 else [WEIGHTS]
+    return {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Write the index of a folder whose tensors are in several files; synced. total_size: of all tensors, bytes."""
+    if len(set(weight_map.values())) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)})
+
+
+def write_weights_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as a safetensors file; synced."""
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"}
+    )
+    sync(file)
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors as one safetensors file, or as shards of at most about shard_bytes with an index; synced."""
+    weight_map = plan_files(tensors, shard_bytes)
+    files = set(weight_map.values())
+    write_index(folder, weight_map, sum(tensor.nbytes for tensor in tensors.values()))
+    for file in sorted(files):
+        write_weights_file(folder / file, {name: tensors[name] for name in tensors if weight_map[name] == file})
     # What an earlier save in another number of shards has left would be read instead of, or beside, the new files.
     for stale in folder.glob(WEIGHTS.replace(".safetensors", "*.safetensors*")):
-        if stale.name not in names and not (stale.name == INDEX and len(names) > 1):
+        if stale.name not in files and not (stale.name == INDEX and len(files) > 1):
             stale.unlink()
     sync(folder)

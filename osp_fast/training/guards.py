@@ -1,29 +1,31 @@
 """What stops a run: signals, non-finite gradients, and layouts that this version does not train on."""
 
+import json
+import math
 import signal
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from osp_fast.config import RunConfig
-from osp_fast.device import check_single_process
 from osp_fast.errors import UserError
 
-MAX_SKIPPED_IN_A_ROW = 10
+SKIPPED_FILE = "skipped.jsonl"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def refuse_parallel_runs(run: RunConfig) -> None:
-    """Raise `UserError` for a run on several GPUs, which this version cannot do."""
+def refuse_sequence_parallelism(run: RunConfig) -> None:
+    """Raise `UserError` for a run whose GPUs are to share clips, which this version cannot do."""
     if run.sp_size > 1:
         raise UserError(
             f"--sp_size {run.sp_size}: sequence parallelism is not part of this version, train with --sp_size 1"
         )
-    check_single_process("training")
 
 
 class StopSignals:
-    """Within the block, SIGINT and SIGTERM ask for a stop at the next step boundary instead of killing the process.
+    """Within the block, SIGINT, SIGTERM and SIGUSR1 ask for a stop at the next step boundary.
 
     `received` is the signal, or None. A second SIGINT interrupts at once. Outside the main thread, where Python cannot
     set handlers, nothing is changed.
@@ -35,7 +37,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -49,16 +51,22 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
+    def adopt(self, number: int) -> None:
+        """Take over the signal that another rank has received; 0: none has."""
+        if number and self.received is None:
+            self.received = signal.Signals(number)
+
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells report it: 130 for SIGINT, 143 for SIGTERM; 0 without a signal."""
+        """128 + the signal's number, as shells report it: 130 for SIGINT, 138 for SIGUSR1, 143 for SIGTERM; else 0."""
         return 128 + self.received if self.received is not None else 0
 
 
 class NonFiniteGuard:
     """Counts the steps whose gradient was infinite or not a number, and ends a run that has only such steps."""
 
-    def __init__(self, skipped: int = 0, in_a_row: int = 0):
+    def __init__(self, limit: int, skipped: int = 0, in_a_row: int = 0):
+        self.limit = limit
         self.skipped = skipped
         self.in_a_row = in_a_row
 
@@ -73,14 +81,33 @@ class NonFiniteGuard:
             clips: paths of the clips that are to blame, or of all clips of the step.
 
         Raises:
-            UserError: this was the tenth such step in a row.
+            UserError: this was the `limit`th such step in a row.
         """
         self.skipped += 1
         self.in_a_row += 1
         named = ", ".join(clips)
-        if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        if self.in_a_row >= self.limit:
             raise UserError(
                 f"the gradient was not finite for {self.in_a_row} steps in a row (last: step {step}, clips {named}):"
-                " lower --learning_rate, or resume an older checkpoint"
+                " lower --learning_rate, resume an older checkpoint, or raise --max_skipped_steps"
             )
         return f"step {step}: the gradient is not finite, no update was made (clips: {named})"
+
+
+def note_skipped(output_dir: Path, step: int, norm: float, clips: Sequence[dict]) -> str | None:
+    """Append a skipped step and the clips that are to blame to `output_dir/skipped.jsonl`.
+
+    Returns why that is not possible, None if it is: a full disk is no reason to end a run.
+    """
+
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    blamed = [{name: plain(value) for name, value in clip.items()} for clip in clips]
+    file = output_dir / SKIPPED_FILE
+    try:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(dict(step=step, grad_norm=plain(norm), clips=blamed)) + "\n")
+    except OSError as error:
+        return f"{file} cannot be written ({error}): make room"
+    return None

@@ -1,135 +1,193 @@
 """The training loop."""
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from osp_fast.config import TrainConfig
 from osp_fast.data.dataset import StepBatch
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
+from osp_fast.parallel.shards import LocalShards
+from osp_fast.parallel.world import World
 from osp_fast.progress import Progress
-from osp_fast.training.checkpoint import (
-    find_checkpoint,
-    list_checkpoints,
-    load_training_state,
-    remove_leftovers,
-    save_checkpoint,
-)
+from osp_fast.training.checkpoint import load_optimizer
 from osp_fast.training.ema import EMA
-from osp_fast.training.guards import NonFiniteGuard, StopSignals
+from osp_fast.training.guards import NonFiniteGuard, StopSignals, note_skipped
 from osp_fast.training.metrics import MetricsLog
 from osp_fast.training.optimizer import build_optimizer, learning_rate_rule, set_learning_rate
+from osp_fast.training.records import Record, Records
+from osp_fast.training.saver import Saver, take_snapshot
 from osp_fast.training.state import TrainerState, recipe_of
-from osp_fast.training.step import ClipLoss, accumulate_gradients
+from osp_fast.training.step import DenoisingLoss, MicroBatch, Update, accumulate_gradients
+
+# What a rank says before each step; the greatest word of all ranks is done.
+GO, END, STOP, FAULT = range(4)
 
 
-def prepare_output(config: TrainConfig, notify: Callable[[str], None]) -> Path | None:
-    """Make `--output_dir` ready and find the checkpoint that the run goes on from (None: a new run).
+@dataclass
+class StepNote:
+    """What is known of a step when it is submitted; its numbers follow (`Records`)."""
 
-    Raises:
-        UserError: the run would mix with another one's checkpoints, or the folder cannot be written.
-    """
-    output_dir = Path(config.run.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(output_dir)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be used ({error}): choose another folder") from error
-    present = list_checkpoints(output_dir)
-    if config.run.resume_from_checkpoint is None:
-        if present:
-            raise UserError(
-                f"--output_dir {output_dir} already holds {present[-1][1].name}: go on from it with"
-                " --resume_from_checkpoint latest, or choose another --output_dir"
-            )
-        return None
-    checkpoint = find_checkpoint(config.run.resume_from_checkpoint, output_dir, notify)
-    if checkpoint is not None and config.run.resume_from_checkpoint != "latest":
-        names = [path.name for _, path in present]
-        elsewhere = checkpoint.resolve().parent != output_dir.resolve()
-        if names and (elsewhere or checkpoint.name != names[-1]):
-            raise UserError(
-                f"--output_dir {output_dir} already holds {names[-1]}, which a run from {checkpoint} would mix with:"
-                " move it away, or choose another --output_dir"
-            )
-    return checkpoint
+    step: int
+    batch: StepBatch
+    learning_rate: float
+    seconds_per_step: float
+    wait_per_step: float
 
 
 class Trainer:
     """A run in progress: the DiT, its optimizer and average, and the place in the data.
 
     Args:
-        checkpoint: the folder to go on from, whose state is `state`; its `model` is already in `clip_loss.dit`.
+        loss: of the DiT, whose weights are spread over the ranks of `mesh` if there are several.
         state: the place to go on from.
+        checkpoint: the folder to go on from, whose state is `state`; its `model` is already in the DiT.
         total_steps: optimizer steps of the whole run.
+        cpu_mesh: the same ranks as CPUs; None in a run of one process.
 
     Raises:
         UserError: the checkpoint's tensors do not load strictly.
     """
 
     def __init__(
-        self, config: TrainConfig, clip_loss: ClipLoss, state: TrainerState, checkpoint: Path | None, total_steps: int
+        self,
+        config: TrainConfig,
+        world: World,
+        loss: DenoisingLoss,
+        state: TrainerState,
+        checkpoint: Path | None,
+        total_steps: int,
+        progress: Progress,
+        cpu_mesh: DeviceMesh | None = None,
     ):
         run = config.run
-        self.config = config
-        self.clip_loss = clip_loss
-        self.dit = clip_loss.dit
-        self.state = state
+        self.config, self.world, self.loss, self.state, self.progress = config, world, loss, state, progress
         self.total_steps = total_steps
-        self.output_dir = Path(run.output_dir)
-        self.recipe = recipe_of(config)
-        self.optimizer = build_optimizer(self.dit, config.optimizer)
+        self._cpu_mesh = cpu_mesh
+        self.shards = LocalShards(loss.dit)
+        optimizer = build_optimizer(self.shards.local, config.optimizer)
+        ema = EMA(self.shards, run.ema_decay, run.ema_start_step, run.offload_ema) if run.use_ema else None
+        copies = world.size // (run.shard_size or world.size)
+        self.update = Update(self.shards, optimizer, ema, world, config.optimizer.max_grad_norm, copies)
         self.learning_rate = learning_rate_rule(config.optimizer, total_steps)
-        self.guard = NonFiniteGuard(state.skipped, state.skipped_in_a_row)
-        self.ema = EMA(self.dit, run.ema_decay, run.ema_start_step, run.offload_ema) if run.use_ema else None
-        self.saved: Path | None = None
+        self.guard = NonFiniteGuard(config.optimizer.max_skipped_steps, state.skipped, state.skipped_in_a_row)
+        self.saver = Saver(
+            Path(run.output_dir),
+            loss.dit,
+            recipe_of(config),
+            world,
+            limit=run.checkpoints_total_limit,
+            keep_every=run.checkpoints_keep_every,
+            background=run.async_save,
+            report=progress.message,
+        )
         if checkpoint is not None:
-            self._load(checkpoint)
+            load_optimizer(checkpoint, optimizer, self.shards, world)
+            # Without updates there is either no average in the checkpoint, or one that equals the weights.
+            if ema is not None and state.ema_updates > 0:
+                ema.load(DiT.from_pretrained(checkpoint / "model_ema").state_dict(), state.ema_updates)
+            self.saver.saved = checkpoint
 
-    def _load(self, checkpoint: Path) -> None:
-        load_training_state(checkpoint, self.dit, self.optimizer)
-        # Without updates there is either no average in the checkpoint, or one that equals the weights.
-        if self.ema is not None and self.state.ema_updates > 0:
-            self.ema.load(DiT.from_pretrained(checkpoint / "model_ema"), self.state.ema_updates)
-        self.saved = checkpoint
-
-    def run(self, batches: Iterable[StepBatch], metrics: MetricsLog, progress: Progress, stop: StopSignals) -> Path:
+    def run(
+        self, batches: Iterable[tuple[StepBatch, list[MicroBatch]]], metrics: MetricsLog, stop: StopSignals
+    ) -> Path:
         """Train until the last step or a stop signal. Returns the last checkpoint, which is always up to date.
 
         Raises:
-            UserError: a checkpoint cannot be written, the gradients stay non-finite, or no more clips can be had; in
-                the last case the steps until there are saved.
+            UserError: the last checkpoint cannot be written, the gradients stay non-finite, or no more clips can be
+                had; in the last case the steps until there are saved.
         """
-        interval = Interval()
-        batches = iter(batches)
-        started_at = self.state.step
-        while self.state.step < self.total_steps and stop.received is None:
+        run, state = self.config.run, self.state
+        interval, records = Interval(), Records(self.world.device)
+        batches, started_at = iter(batches), state.step
+        while state.step < self.total_steps:
             started = time.monotonic()
-            try:
-                batch = next(batches, None)
-            except UserError as error:
-                if self.state.step == started_at:
-                    raise
-                raise UserError(f"{error}; the steps until now are saved in {self.save()}") from error
-            if batch is None:  # stopped while waiting for data
+            word, item, fault = self._next(batches, stop)
+            if word != GO:
                 break
-            loss, gradient_norm, rate = self._step(batch, progress)
+            batch, made = item
+            note = StepNote(state.step + 1, batch, self.learning_rate(state.step), 0.0, 0.0)
+            due = records.put(note, self.step(made, note.learning_rate))
+            self._advance(batch)
             interval.add(time.monotonic() - started, batch.wait_s)
-            step, seconds, wait = self.state.step, interval.seconds_per_step, interval.wait_per_step
+            note.seconds_per_step, note.wait_per_step = interval.seconds_per_step, interval.wait_per_step
+            if self._is_logged(note.step):
+                interval = Interval()
+            self._learn(due, metrics)
+            if state.step % run.checkpointing_steps == 0:
+                self._learn(records.flush(), metrics)
+                self.save()
+        self._learn(records.flush(), metrics)
+        if state.step < self.total_steps and word == FAULT:
+            self._give_up(fault, saves=state.step > started_at)
+        return self.finish()
+
+    def _next(
+        self, batches: Iterator[tuple[StepBatch, list[MicroBatch]]], stop: StopSignals
+    ) -> tuple[int, tuple[StepBatch, list[MicroBatch]] | None, UserError | None]:
+        """What all ranks do next, this rank's batch, and what is wrong with it; all ranks must call it."""
+        word, item, fault = GO, None, None
+        if stop.received is None:
+            try:
+                item = next(batches, None)
+            except UserError as error:
+                word, fault = FAULT, error
+        if word != FAULT and stop.received is not None:  # perhaps received while waiting for data
+            word = STOP
+        elif word == GO and item is None:
+            word = END
+        word, number = self.world.greatest(word, stop.received or 0)
+        stop.adopt(number)
+        return word, item, fault
+
+    def _give_up(self, fault: UserError | None, saves: bool) -> None:
+        """Raise what a rank found wrong with its data, once what was trained is saved."""
+        faults = [found for found in self.world.gather(None if fault is None else str(fault)) if found is not None]
+        if saves:
+            raise UserError(f"{faults[0]}; the steps until now are saved in {self.finish()}") from fault
+        raise UserError(faults[0]) from fault
+
+    def step(self, batches: Sequence[MicroBatch], learning_rate: float) -> Tensor:
+        """One optimizer step, without a wait for the GPU. Returns its numbers, on the device (`Update`)."""
+        losses = accumulate_gradients(self.loss, batches)
+        set_learning_rate(self.update.optimizer, [learning_rate] * len(self.update.optimizer.param_groups))
+        return self.update(losses, self.state.step + 1)
+
+    def _advance(self, batch: StepBatch) -> None:
+        state = self.state
+        state.step += 1
+        state.samples_seen += batch.size
+        last = batch.index + 1 == batch.batches_in_epoch
+        state.epoch, state.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.index + 1)
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.run.log_interval == 0 or step == self.total_steps
+
+    def _learn(self, records: Sequence[Record], metrics: MetricsLog) -> None:
+        """Take note of steps whose numbers have come: show, log, count the skipped ones."""
+        for note, (loss, norm, skipped, not_finite, *clip_losses) in records:
+            if skipped:
+                self._skipped(note, norm, blamed_clips(note.batch, clip_losses, any_blamed=not_finite > 0))
+            else:
+                self.guard.finite()
+            seconds, wait = note.seconds_per_step, note.wait_per_step
             facts = f"loss {loss:.4f}, {seconds:.2f} s/step, {wait / seconds:.0%} waiting for data"
-            progress.show(step, f"step {step}/{self.total_steps}", facts)
-            if step % self.config.run.log_interval == 0 or step == self.total_steps:
+            self.progress.show(note.step, f"step {note.step}/{self.total_steps}", facts)
+            if self._is_logged(note.step) and self.world.is_first:
                 metrics.write(
                     dict(
-                        step=step,
-                        epoch=batch.epoch,
+                        step=note.step,
+                        epoch=note.batch.epoch,
                         loss=loss,
-                        lr=rate,
-                        grad_norm=gradient_norm,
+                        lr=note.learning_rate,
+                        grad_norm=norm,
                         s_per_step=seconds,
                         data_wait_s=wait,
                         skipped=self.guard.skipped,
@@ -137,51 +195,54 @@ class Trainer:
                         time=time.time(),
                     )
                 )
-                interval = Interval()
-            if step % self.config.run.checkpointing_steps == 0:
-                self.save()
-        return self.save()
 
-    def _step(self, batch: StepBatch, progress: Progress) -> tuple[float, float, float]:
-        """One optimizer step. Returns the batch's mean loss, the gradient's norm before clipping, the learning rate."""
-        state = self.state
-        losses = accumulate_gradients(self.clip_loss, batch.clips, self.config.optimizer.train_batch_size, state.step)
-        norm = torch.nn.utils.clip_grad_norm_(self.dit.parameters(), self.config.optimizer.max_grad_norm)
-        # The step's only wait for the GPU: everything that the CPU must know comes over at once.
-        *clip_losses, gradient_norm = torch.cat((losses, norm.detach().reshape(1))).tolist()
-        rate = self.learning_rate(state.step)
-        if all(map(math.isfinite, (*clip_losses, gradient_norm))):
-            set_learning_rate(self.optimizer, [rate] * len(self.optimizer.param_groups))
-            self.optimizer.step()
-            if self.ema is not None:
-                self.ema.update(state.step + 1)
-            self.guard.finite()
-        else:
-            progress.message(self.guard.non_finite(state.step + 1, blamed_clips(batch, clip_losses)))
-        self.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        state.samples_seen += len(batch.clips)
-        last = batch.index + 1 == batch.batches_in_epoch
-        state.epoch, state.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.index + 1)
-        return sum(clip_losses) / len(clip_losses), gradient_norm, rate
+    def _skipped(self, note: StepNote, norm: float, blamed: list[dict]) -> None:
+        """Name and count a step whose gradient was not finite. Raises `UserError` if there were too many in a row."""
+        blamed = [dict(clip, rank=rank) for rank, clips in enumerate(self.world.gather(blamed)) for clip in clips]
+        if self.world.is_first:
+            trouble = note_skipped(Path(self.config.run.output_dir), note.step, norm, blamed)
+            if trouble is not None:
+                self.progress.message(trouble)
+        self.progress.message(self.guard.non_finite(note.step, [clip["path"] for clip in blamed]))
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present step, unless it is there already. Raises `UserError`."""
-        if self.saved is not None and self.saved.name == f"checkpoint-{self.state.step}":
-            return self.saved
+    def save(self) -> None:
+        """Save the present step, unless that was done already. What it writes may still be on its way.
+
+        A checkpoint that cannot be written is reported, and training goes on.
+        """
         state = self.state
+        if self.saver.saved is not None and self.saver.saved.name == f"checkpoint-{state.step}":
+            return
         state.skipped, state.skipped_in_a_row = self.guard.skipped, self.guard.in_a_row
-        state.ema_updates = self.ema.updates if self.ema is not None else 0
+        state.ema_updates = self.update.ema.updates if self.update.ema is not None else 0
+        snapshot = take_snapshot(
+            dataclasses.replace(state),
+            self.loss.dit,
+            self.shards,
+            self.update.optimizer,
+            self.update.ema,
+            self.world,
+            self._cpu_mesh,
+        )
         # While gradients are not finite the weights may be ruined already: keep every older checkpoint.
-        limit = None if self.guard.in_a_row else self.config.run.checkpoints_total_limit
-        self.saved = save_checkpoint(self.output_dir, state, self.dit, self.ema, self.optimizer, self.recipe, limit)
-        return self.saved
+        self.saver.save(snapshot, prune=not self.guard.in_a_row)
+
+    def finish(self) -> Path:
+        """Save the present step and wait until it is written. Returns the checkpoint. Raises `UserError`."""
+        self.saver.wait()
+        self.save()
+        fault = self.saver.wait()
+        if fault is not None:
+            raise UserError(fault)
+        return self.saver.saved
 
 
-def blamed_clips(batch: StepBatch, losses: Sequence[float]) -> list[str]:
-    """Paths of the clips whose loss is not finite; of all clips if each loss is (the gradient alone overflowed)."""
-    blamed = [clip for clip, loss in zip(batch.clips, losses, strict=True) if not math.isfinite(loss)]
-    return [str(clip.path) for clip in blamed or batch.clips]
+def blamed_clips(batch: StepBatch, losses: Sequence[float], any_blamed: bool) -> list[dict]:
+    """This rank's clips whose loss is not finite; all of them if no rank has one (the gradient alone overflowed)."""
+    blamed = [(clip, loss) for clip, loss in zip(batch.clips, losses, strict=True) if not math.isfinite(loss)]
+    if not any_blamed:
+        blamed = list(zip(batch.clips, losses, strict=True))
+    return [dict(path=str(clip.path), clip_index=clip.clip_index, slot=clip.slot, loss=loss) for clip, loss in blamed]
 
 
 class Interval:

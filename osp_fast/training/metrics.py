@@ -1,8 +1,12 @@
 """The history of a run: metrics.jsonl and, if asked for, TensorBoard."""
 
+import contextlib
+import errno
 import json
 import math
 import os
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ from osp_fast.config import RunConfig
 from osp_fast.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
-TENSORBOARD_FIELDS = ("loss", "lr", "grad_norm", "s_per_step", "data_wait_s", "skipped")
+NO_CURVES = ("step", "epoch", "samples_seen", "time")
 
 
 class MetricsLog:
@@ -22,19 +26,23 @@ class MetricsLog:
     Args:
         run: `output_dir` must exist; `logging_dir` is inside it unless absolute.
         resumed_step: the step the run continues from, 0 for a new run.
+        report: gets a sentence when something cannot be written.
 
     Raises:
         UserError: TensorBoard is asked for without the package tensorboard, or a file cannot be written.
     """
 
-    def __init__(self, run: RunConfig, resumed_step: int):
+    def __init__(self, run: RunConfig, resumed_step: int, report: Callable[[str], None]):
         self.file = Path(run.output_dir) / FILE_NAME
+        self._report = report
+        self._waiting: deque[bytes] = deque()
+        self._troubled = False
         self._board = None
         try:
             if run.report_to != "none":
                 self._board = _open_tensorboard(Path(run.output_dir) / run.logging_dir, resumed_step)
             drop_lines_after(self.file, resumed_step)
-            self._lines = self.file.open("a", encoding="utf-8")
+            self._lines = self.file.open("ab", buffering=0)
         except OSError as error:
             raise UserError(
                 f"{error.filename or self.file} cannot be written ({error.strerror}): correct --output_dir or "
@@ -46,28 +54,45 @@ class MetricsLog:
 
         Numbers that are not finite become null: JSON has no word for them.
 
-        Raises:
-            UserError: the disk is full.
+        A full disk ends no run: records wait until there is room, and `report` gets one sentence.
         """
         record = {name: None if _not_finite(value) else value for name, value in record.items()}
-        try:
-            self._lines.write(json.dumps(record) + "\n")
-            self._lines.flush()
-        except OSError as error:
-            raise UserError(
-                f"{self.file} cannot be written ({error}): make room and go on with --resume_from_checkpoint latest"
-            ) from error
+        self._waiting.append((json.dumps(record) + "\n").encode())
+        self._write_waiting()
         if self._board is not None:
-            for name in TENSORBOARD_FIELDS:
-                if record[name] is None:
-                    continue
-                self._board.add_scalar(f"train/{name}", record[name], record["step"])
+            for name, value in record.items():
+                if isinstance(value, int | float) and name not in NO_CURVES:
+                    self._add_scalar(f"train/{name}", value, record["step"])
+
+    def _write_waiting(self) -> None:
+        size = self._lines.seek(0, os.SEEK_END)
+        try:
+            while self._waiting:
+                if self._lines.write(self._waiting[0]) < len(self._waiting[0]):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                size += len(self._waiting.popleft())
+        except OSError as error:
+            os.truncate(self.file, size)  # no half line stays
+            if not self._troubled:
+                self._report(f"{self.file} cannot be written ({error.strerror}): make room; its lines wait until then")
+            self._troubled = True
+        else:
+            self._troubled = False
+
+    def _add_scalar(self, name: str, value: float, step: int) -> None:
+        try:
+            self._board.add_scalar(name, value, step)
+        except OSError as error:  # of its thread that writes, from which it does not recover
+            self._report(f"TensorBoard's file cannot be written ({error}): this run goes on without it")
+            self._board = None
 
     def close(self) -> None:
         """Close both; TensorBoard writes what it still holds."""
+        self._write_waiting()
         self._lines.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
 
 
 def drop_lines_after(file: Path, step: int) -> None:

@@ -1,6 +1,7 @@
 """AdamW, its learning-rate schedule and its state as named tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,18 +9,25 @@ from torch.optim import Optimizer
 
 from osp_fast.config import OptimizerConfig
 from osp_fast.errors import UserError
+from osp_fast.parallel.shards import LocalShards
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """AdamW over the parameters of `module` that need gradients, its state already allocated.
+def build_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> Optimizer:
+    """AdamW over these parameters, all on one device and none part of a graph, its state already allocated.
 
-    One fused kernel updates all tensors of a device. `use_8bit_adam` takes torchao's AdamW instead, which keeps both
-    moments in blocks of 8-bit codes (Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization").
+    One fused kernel updates all of them. `use_8bit_adam` takes torchao's AdamW instead, which keeps both moments in
+    blocks of 8-bit codes (Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization"); `offload_optimizer`
+    torchao's that keeps them in CPU memory and updates there, while other gradients are still on their way.
 
     Raises:
-        UserError: `use_8bit_adam` without a GPU or without torchao.
+        UserError: one of the two without a GPU or without torchao, or both.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if config.use_8bit_adam and config.offload_optimizer:
+        raise UserError("--use_8bit_adam and --offload_optimizer exclude each other: leave one of them out")
+    # A rank of many may hold no part of a small parameter.
+    parameters = [parameter for parameter in parameters if parameter.numel()]
     settings = dict(
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -27,23 +35,43 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
         weight_decay=config.adam_weight_decay,
     )
     if config.use_8bit_adam:
-        optimizer = _adamw_8bit(parameters, settings)
+        optimizer = _torchao("--use_8bit_adam", parameters).AdamW8bit(parameters, **settings)
+    elif config.offload_optimizer:
+        offloading = _torchao("--offload_optimizer", parameters).CPUOffloadOptimizer
+        optimizer = offloading(parameters, torch.optim.AdamW, minimal_size=0, fused=True, **settings)
     else:
         optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
     _allocate_state(optimizer)
     return optimizer
 
 
-def _adamw_8bit(parameters: list[nn.Parameter], settings: dict) -> Optimizer:
+def _torchao(flag: str, parameters: Sequence[nn.Parameter]) -> Any:
+    """torchao's optimizers, for a flag that needs them."""
     if parameters[0].device.type != "cuda":
-        raise UserError("--use_8bit_adam needs an NVIDIA GPU: leave it out to train on the CPU")
+        raise UserError(f"{flag} needs an NVIDIA GPU: leave it out to train on the CPU")
     try:
-        from torchao.optim import AdamW8bit
+        import torchao.optim
     except ImportError as error:
         raise UserError(
-            "--use_8bit_adam needs the package torchao: install it (pip install torchao), or leave the flag out"
+            f"{flag} needs the package torchao: install it (pip install torchao), or leave the flag out"
         ) from error
-    return AdamW8bit(parameters, **settings)
+    return torchao.optim
+
+
+def steps_by_flag(optimizer: Optimizer) -> bool:
+    """Whether a step changes nothing when the tensor `found_inf` is 1, as PyTorch's fused AdamW does."""
+    return isinstance(optimizer, torch.optim.AdamW)
+
+
+def take_step(optimizer: Optimizer) -> None:
+    """One step with the gradients that the parameters have."""
+    if hasattr(optimizer, "param_d2h_map"):
+        # torchao's offloading fetches a gradient when autograd has accumulated it. These parameters are in no graph,
+        # so that gradients can be clipped first: each is accumulated here.
+        for parameter in optimizer.param_d2h_map:
+            gradient, parameter.grad = parameter.grad, None
+            parameter.backward(gradient)
+    optimizer.step()
 
 
 def _allocate_state(optimizer: Optimizer) -> None:
@@ -54,14 +82,31 @@ def _allocate_state(optimizer: Optimizer) -> None:
     """
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     set_learning_rate(optimizer, [0.0] * len(rates))
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    for parameter in trained(optimizer):
+        parameter.grad = torch.zeros_like(parameter)
+    with torch.enable_grad():
+        take_step(optimizer)
     optimizer.zero_grad(set_to_none=True)
-    for state in optimizer.state.values():
+    for state in states(optimizer).values():
         state["step"].zero_()
     set_learning_rate(optimizer, rates)
+
+
+def trained(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters that an optimizer updates, on their own device."""
+    if hasattr(optimizer, "param_d2h_map"):
+        return list(optimizer.param_d2h_map)
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def states(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """What an optimizer knows of each of its parameters."""
+    if hasattr(optimizer, "param_d2h_map"):
+        return {
+            parameter: optimizer.optim_dict[parameter].state[on_cpu]
+            for parameter, on_cpu in optimizer.param_d2h_map.items()
+        }
+    return {parameter: optimizer.state[parameter] for parameter in trained(optimizer)}
 
 
 def set_learning_rate(optimizer: Optimizer, rates: list[float]) -> None:
@@ -73,21 +118,29 @@ def set_learning_rate(optimizer: Optimizer, rates: list[float]) -> None:
             group["lr"] = rate
 
 
-def state_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as plain tensors, named `PARAMETER.exp_avg`, `PARAMETER.exp_avg_sq`, `PARAMETER.step`.
+def state_tensors(optimizer: Optimizer, shards: LocalShards) -> dict[str, Tensor]:
+    """The optimizer's state by name: `PARAMETER.exp_avg`, `PARAMETER.exp_avg_sq`, and `step`, equal for all.
 
-    They are the tensors themselves, so copying into them restores a state. A quantised moment is given by its parts
-    (`PARAMETER.exp_avg.codes`, `.scale`, `.qmap`), so that a saved state comes back bit for bit.
+    They are the tensors themselves, so copying into them restores a state. A moment is part of a whole as its parameter
+    is (`LocalShards.like`). A quantised one, whose blocks end where this rank's part ends, is given by its own parts,
+    named for the rank's place (`PARAMETER.exp_avg.codes.3-of-8`, `.scale`, `.qmap`), so that it comes back bit for bit.
     """
+    known = states(optimizer)
     tensors: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if hasattr(value, "__tensor_flatten__"):
-                parts, _ = value.__tensor_flatten__()
-                tensors.update({f"{name}.{key}.{part}": getattr(value, part) for part in parts})
+    for index, (name, local) in enumerate(zip(shards.names, shards.local, strict=True)):
+        state = known.get(local) or dict.fromkeys(MOMENTS, torch.empty_like(local))  # of an empty part
+        for key in MOMENTS:
+            if hasattr(state[key], "__tensor_flatten__"):
+                parts, _ = state[key].__tensor_flatten__()
+                tensors |= {f"{name}.{key}.{part}.{shards.place}": getattr(state[key], part) for part in parts}
             else:
-                tensors[f"{name}.{key}"] = value
+                tensors[f"{name}.{key}"] = shards.like(index, state[key])
     return tensors
+
+
+def step_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """How many steps each parameter was updated in: tensors of one number, all equal."""
+    return [state["step"] for state in states(optimizer).values()]
 
 
 def learning_rate_rule(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:

@@ -3,18 +3,69 @@
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from osp_fast.config import TrainConfig, as_dict
-from osp_fast.data.buckets import Plan, by_count
+from osp_fast.data.buckets import Bucket, Plan, by_count
+from osp_fast.models.dit import DIT_CONFIGS
+from osp_fast.models.wfvae_stream import SPACE_STRIDE, TIME_STRIDE
 from osp_fast.training.resume import check_resume
 from osp_fast.training.state import FILE_NAME as STATE_FILE
 from osp_fast.training.state import TrainerState, read_state, recipe_of, versions
 
 
+@dataclass(frozen=True)
+class BatchSizes:
+    """How many clips a step takes.
+
+    micro: of a micro-batch on one rank, for each bucket of the plan
+    accumulation: micro-batches of a step
+    ranks: that each have as many
+    """
+
+    micro: dict[Bucket, int]
+    accumulation: int
+    ranks: int
+
+    @property
+    def steps(self) -> dict[Bucket, int]:
+        """Clips of a step on all ranks, for each bucket."""
+        return {bucket: clips * self.accumulation * self.ranks for bucket, clips in self.micro.items()}
+
+    @property
+    def for_order(self) -> int | dict[Bucket, int]:
+        """`steps` as `epoch_batches` takes them: one number where it is the same for all."""
+        return dict(self.steps) if len(set(self.steps.values())) > 1 else next(iter(self.steps.values()))
+
+    def by_name(self) -> dict[str, int]:
+        """`steps` as a checkpoint has them."""
+        return {str(bucket): clips for bucket, clips in sorted(self.steps.items())}
+
+
+def batch_sizes(plan: Plan, config: TrainConfig, ranks: int) -> BatchSizes:
+    """The batches of a plan: `--train_batch_size` clips, or as many as `--tokens_per_batch` holds, but at least one."""
+    budget = config.optimizer.tokens_per_batch
+    fixed = config.optimizer.train_batch_size
+    micro = {
+        bucket: fixed if budget is None else max(1, budget // video_tokens(bucket, config.model.model))
+        for bucket in plan.buckets
+    }
+    return BatchSizes(micro, config.optimizer.gradient_accumulation_steps, ranks)
+
+
+def latent_size(bucket: Bucket) -> tuple[int, int, int]:
+    """(T, H, W) of a bucket's latents."""
+    return (bucket.frames - 1) // TIME_STRIDE + 1, bucket.height // SPACE_STRIDE, bucket.width // SPACE_STRIDE
+
+
+def video_tokens(bucket: Bucket, model: str) -> int:
+    """Tokens of one clip of a bucket in the DiT that `--model` names."""
+    return math.prod(length // p for length, p in zip(latent_size(bucket), DIT_CONFIGS[model].patch, strict=True))
+
+
 def starting_point(
-    config: TrainConfig, plan: Plan, checkpoint: Path | None, notify: Callable[[str], None]
+    config: TrainConfig, plan: Plan, sizes: BatchSizes, checkpoint: Path | None, notify: Callable[[str], None]
 ) -> TrainerState:
     """The place that the run starts from: its beginning, or the checkpoint's. Raises `UserError` if that does not fit.
 
@@ -22,6 +73,7 @@ def starting_point(
     """
     fingerprint = plan_fingerprint(plan)
     settings = dict(
+        batch_sizes=sizes.by_name(),
         data_fingerprint=fingerprint,
         config=as_dict(config),
         recipe=asdict(recipe_of(config)),
@@ -35,7 +87,7 @@ def starting_point(
     notify(f"going on from {checkpoint}: step {state.step}, epoch {state.epoch}, batch {state.batch}")
     if config.model.pretrained is not None:
         notify(f"--pretrained {config.model.pretrained} is not used: --resume_from_checkpoint overrides it")
-    for notice in check_resume(state, config, fingerprint, str(checkpoint)):
+    for notice in check_resume(state, config, sizes.by_name(), fingerprint, str(checkpoint)):
         notify(f"note: {notice}")
     return replace(state, **settings)
 
@@ -57,12 +109,8 @@ def plan_fingerprint(plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def clips_per_step(config: TrainConfig) -> int:
-    """Clips of one optimizer step."""
-    return config.optimizer.train_batch_size * config.optimizer.gradient_accumulation_steps
-
-
-def steps_per_epoch(plan: Plan, config: TrainConfig) -> int:
+def steps_per_epoch(plan: Plan, sizes: BatchSizes, group_data: bool) -> int:
     """Optimizer steps of one epoch, the same for each."""
-    filled = [len(indices) for indices in plan.buckets.values()] if config.data.group_data else [len(plan.clips)]
-    return sum(math.ceil(clips / clips_per_step(config)) for clips in filled)
+    if not group_data:
+        return math.ceil(len(plan.clips) / max(sizes.steps.values()))
+    return sum(math.ceil(len(indices) / sizes.steps[bucket]) for bucket, indices in plan.buckets.items())

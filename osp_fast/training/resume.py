@@ -83,10 +83,13 @@ NEWER = {
 }
 
 
-def check_resume(state: TrainerState, config: TrainConfig, data_fingerprint: str, name: str) -> list[str]:
+def check_resume(
+    state: TrainerState, config: TrainConfig, batch_sizes: dict[str, int], data_fingerprint: str, name: str
+) -> list[str]:
     """Compare a checkpoint's settings with those of the run that wants to go on from it.
 
     Args:
+        batch_sizes: clips of one step on all ranks, for each bucket.
         data_fingerprint: of the present plan.
         name: the checkpoint's folder, for messages.
 
@@ -101,16 +104,18 @@ def check_resume(state: TrainerState, config: TrainConfig, data_fingerprint: str
     for field in ANOTHER_MODEL + OTHER_DATA:
         if was[field] != now[field]:
             raise UserError(f"{name} was trained with {_flag(field)} {was[field]}, not {now[field]}: {start_anew}")
-    if was.global_batch != now.global_batch:
-        raise UserError(
-            f"{name} was trained with {was.global_batch} clips per step (--train_batch_size times"
-            f" --gradient_accumulation_steps), not {now.global_batch}: {start_anew}"
-        )
     if state.data_fingerprint != data_fingerprint:
         raise UserError(
             f"--data selects other clips than when {name} was written, so its place in the data means nothing: restore"
             f" the annotations; {start_anew}"
         )
+    for bucket, clips in batch_sizes.items():
+        if state.batch_sizes.get(bucket) != clips:
+            raise UserError(
+                f"{name} was trained with {state.batch_sizes.get(bucket)} clips of {bucket} per step (clips of a"
+                f" micro-batch times --gradient_accumulation_steps times GPUs), not {clips}, and so the order of clips"
+                f" would be another: choose the three so that their product is the same; {start_anew}"
+            )
     return [
         f"{_flag(field)} is {now[field]}; {name} was trained with {was[field]}"
         for field in ON_PURPOSE
@@ -131,11 +136,6 @@ class _Settings:
             return self._config[group].get(name, NEWER[field]) if field in NEWER else self._config[group][name]
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{self._source}: config.{field} is missing: resume from another checkpoint") from None
-
-    @property
-    def global_batch(self) -> int:
-        """Clips of one optimizer step."""
-        return self["optimizer.train_batch_size"] * self["optimizer.gradient_accumulation_steps"]
 
 
 def _flag(field: str) -> str:

@@ -30,6 +30,7 @@ class TrainerState:
     skipped: int  # steps without an update, because the gradient was not finite
     skipped_in_a_row: int
     ema_updates: int  # steps that the average has taken in
+    batch_sizes: dict[str, int]  # clips of one step on all ranks, for each bucket
     data_fingerprint: str  # of the plan: its clips, their buckets and order
     config: dict[str, Any]  # the resolved settings
     recipe: dict[str, Any]

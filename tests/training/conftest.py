@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from osp_fast.config import TrainConfig
+from osp_fast.diffusion.schedule import DiffusionObjective
 from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.seeding import torch_generator
-from osp_fast.training.step import ClipLoss
+from osp_fast.training.prepare import BatchMaker
+from osp_fast.training.step import DenoisingLoss
 
 SHAPE = DiTConfig(
     num_layers=3, num_attention_heads=2, attention_head_dim=12, caption_channels=8, cross_attention_dim=24
@@ -27,6 +29,7 @@ class Clip:
     pixels: torch.Tensor  # (3, T, H, W) uint8
     caption: str = "a red circle"
     path: str = "clip.mp4"
+    clip_index: int = 0
 
 
 @dataclass
@@ -36,8 +39,19 @@ class Batch:
     epoch: int
     index: int
     batches_in_epoch: int
+    size: int
     clips: list[Clip]
     wait_s: float = 0.0
+
+
+class ClipLoss:
+    """Clips, the step's number and its number of clips -> the loss of each, by way of a micro-batch."""
+
+    def __init__(self, maker: BatchMaker, loss: DenoisingLoss):
+        self.maker, self.loss, self.dit = maker, loss, loss.dit
+
+    def __call__(self, clips: list[Clip], step: int, slots: int = 1) -> torch.Tensor:
+        return self.loss(self.maker(clips, step, slots))
 
 
 class Words(nn.Module):
@@ -75,7 +89,7 @@ def make_batches(make_clip) -> Callable[..., Iterator[Batch]]:
         while True:
             for index in range(first, 3):
                 names = [f"{epoch}-{index}-{slot}" for slot in range(clips)]
-                yield Batch(epoch, index, 3, [make_clip(slot, size, name) for slot, name in enumerate(names)])
+                yield Batch(epoch, index, 3, clips, [make_clip(slot, size, name) for slot, name in enumerate(names)])
             epoch, first = epoch + 1, 0
 
     return make
@@ -91,6 +105,9 @@ def make_loss(vae) -> Callable[..., ClipLoss]:
             # A fresh model predicts zeros, whatever it is given.
             for name, parameter in dit.named_parameters():
                 parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch_generator("weights", name))
-        return ClipLoss(dit, vae, Words(), config or TrainConfig(), torch.device("cpu"))
+        config, cpu = config or TrainConfig(), torch.device("cpu")
+        objective = DiffusionObjective(config.diffusion, cpu)
+        maker = BatchMaker(vae, Words(), objective, config, cpu)
+        return ClipLoss(maker, DenoisingLoss(dit, objective, bf16=config.model.mixed_precision == "bf16"))
 
     return make

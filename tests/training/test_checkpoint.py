@@ -13,21 +13,26 @@ from osp_fast.config import OptimizerConfig, TrainConfig, as_dict
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.weights import read_recipe
+from osp_fast.parallel.shards import LocalShards
+from osp_fast.parallel.world import Ranks, World
 from osp_fast.seeding import torch_generator
 from osp_fast.training import checkpoint as module
+from osp_fast.training import saver as saver_module
 from osp_fast.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
-    load_training_state,
+    load_optimizer,
     remove_leftovers,
-    save_checkpoint,
+    superfluous,
 )
 from osp_fast.training.ema import EMA
-from osp_fast.training.optimizer import build_optimizer, state_tensors
+from osp_fast.training.optimizer import build_optimizer, state_tensors, step_tensors
+from osp_fast.training.saver import Saver, take_snapshot
 from osp_fast.training.state import TrainerState, read_state, recipe_of, versions
 
 CONFIG = TrainConfig()
 RECIPE = recipe_of(CONFIG)
+ALONE = World(Ranks(), torch.device("cpu"))
 
 
 class Run:
@@ -38,17 +43,27 @@ class Run:
             num_layers=1, num_attention_heads=1, attention_head_dim=12, caption_channels=8, cross_attention_dim=12
         )
         self.dit = DiT.create(shape, seed)
-        self.ema = EMA(self.dit, 0.5)
-        self.optimizer = build_optimizer(self.dit, OptimizerConfig(learning_rate=0.01))
+        self.shards = LocalShards(self.dit)
+        self.ema = EMA(self.shards, 0.5)
+        self.optimizer = build_optimizer(self.shards.local, OptimizerConfig(learning_rate=0.01))
         for step in (1, 2):
             for name, parameter in self.dit.named_parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=torch_generator("gradient", step, name))
+            self.shards.collect_gradients()
             self.optimizer.step()
             self.ema.update(step)
 
-    def save(self, folder, step, limit=None, ema=True):
-        state = trainer_state(step)
-        return save_checkpoint(folder, state, self.dit, self.ema if ema else None, self.optimizer, RECIPE, limit)
+    def save(self, folder, step, limit=None, ema=True, background=False, told=None, keep_every=None):
+        """Save as training does. Returns the checkpoint, None if it could not be written."""
+        options = dict(limit=limit, keep_every=keep_every, background=background)
+        told = [] if told is None else told
+        saver = Saver(folder, self.dit, RECIPE, ALONE, **options, report=told.append)
+        saver.save(self.snapshot(step, ema))
+        return None if saver.wait() else saver.saved
+
+    def snapshot(self, step, ema=True):
+        ema = self.ema if ema else None
+        return take_snapshot(trainer_state(step), self.dit, self.shards, self.optimizer, ema, ALONE, None)
 
 
 def trainer_state(step: int) -> TrainerState:
@@ -60,6 +75,7 @@ def trainer_state(step: int) -> TrainerState:
         skipped=1,
         skipped_in_a_row=0,
         ema_updates=2,
+        batch_sizes={"1x16x16": 4},
         data_fingerprint="abc",
         config=as_dict(CONFIG),
         recipe=dataclasses.asdict(RECIPE),
@@ -76,33 +92,65 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_written_comes_back_bit_for_bit(tmp_path, run):
-    folder = run.save(tmp_path, 2)
-    assert names(folder) == ["model", "model_ema", "optimizer.safetensors", "trainer_state.json"]
+@pytest.mark.parametrize("background", [False, True])
+def test_what_is_written_comes_back_bit_for_bit(tmp_path, run, background):
+    folder = run.save(tmp_path, 2, background=background)
+    assert names(folder) == ["SHA256SUMS", "model", "model_ema", "optimizer", "trainer_state.json"]
     assert read_state(folder / "trainer_state.json") == trainer_state(2)
     assert read_recipe(folder / "model") == read_recipe(folder / "model_ema") == RECIPE
     dit, average = DiT.from_pretrained(folder / "model"), DiT.from_pretrained(folder / "model_ema")
     for name, parameter in run.dit.named_parameters():
         assert torch.equal(dict(dit.named_parameters())[name], parameter)
         assert torch.equal(dict(average.named_parameters())[name], run.ema.named_average()[name])
-    optimizer = build_optimizer(dit, OptimizerConfig())
-    load_training_state(folder, dit, optimizer)
-    expected = state_tensors(run.optimizer, run.dit)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in state_tensors(optimizer, dit).items())
+    shards = LocalShards(dit)
+    optimizer = build_optimizer(shards.local, OptimizerConfig())
+    load_optimizer(folder, optimizer, shards, ALONE)
+    expected = state_tensors(run.optimizer, run.shards)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state_tensors(optimizer, shards).items())
     assert any(tensor.any() for tensor in expected.values())
+    assert {float(step) for step in step_tensors(optimizer)} == {2.0}
+
+
+def test_a_snapshot_does_not_change_with_the_run(tmp_path):
+    run = Run()
+    kept = {name: tensor.detach().clone() for name, tensor in run.dit.state_dict().items()}
+    moments = {name: tensor.clone() for name, tensor in state_tensors(run.optimizer, run.shards).items()}
+    snapshot = run.snapshot(2)
+    with torch.no_grad():
+        for tensor in (*run.dit.parameters(), *state_tensors(run.optimizer, run.shards).values()):
+            tensor.fill_(7.0)
+    saver = Saver(tmp_path, run.dit, RECIPE, ALONE, report=print)
+    saver.save(snapshot)
+    assert saver.wait() is None
+    assert all(torch.equal(t, kept[n]) for n, t in DiT.from_pretrained(saver.saved / "model").state_dict().items())
+    load_optimizer(saver.saved, run.optimizer, run.shards, ALONE)
+    assert all(torch.equal(t, moments[n]) for n, t in state_tensors(run.optimizer, run.shards).items())
 
 
 def test_the_oldest_go_only_after_the_newest_is_there(tmp_path, run, monkeypatch):
     for step in (1, 2):
         run.save(tmp_path, step)
     seen = []
-    remove = module._remove
-    monkeypatch.setattr(module, "_remove", lambda folder: (seen.append((folder.name, names(tmp_path))), remove(folder)))
+    remove = saver_module.remove_checkpoint
+
+    def watch(folder):
+        seen.append((folder.name, names(tmp_path)))
+        remove(folder)
+
+    monkeypatch.setattr(saver_module, "remove_checkpoint", watch)
     run.save(tmp_path, 3, limit=2, ema=False)
     pruned = [(name, present) for name, present in seen if name == "checkpoint-1"]
     assert pruned == [("checkpoint-1", ["checkpoint-1", "checkpoint-2", "checkpoint-3"])]
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
     assert not (tmp_path / "checkpoint-3" / "model_ema").exists()
+
+
+@pytest.mark.parametrize(
+    "limit, keep_every, gone",
+    [(None, None, []), (1, None, [1, 2, 3, 4, 5]), (3, None, [1, 2, 3]), (2, 2, [1, 3]), (1, 4, [1, 2, 3, 5])],
+)
+def test_which_checkpoints_stay(limit, keep_every, gone):
+    assert superfluous([1, 2, 3, 4, 5, 6], 6, limit, keep_every) == gone
 
 
 def failing_after(calls: int, function):
@@ -119,28 +167,35 @@ def failing_after(calls: int, function):
 
 
 @pytest.mark.parametrize(
-    "function, calls", [("write_tensors", 0), ("write_state", 0), ("sync", 0), ("sync", 5), ("read_only", 0)]
+    "function, calls",
+    [
+        ("write_weights_file", 0),
+        ("write_weights_file", 1),
+        ("dcp.save", 0),
+        ("write_state", 0),
+        ("write_manifest", 0),
+        ("sync", 0),
+        ("sync", 5),
+        ("read_only", 0),
+    ],
 )
 def test_a_failed_write_leaves_the_older_ones_and_nothing_else(tmp_path, run, monkeypatch, function, calls):
     run.save(tmp_path, 1)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    if function == "read_only":
-        monkeypatch.setattr("pathlib.Path.mkdir", failing_after(0, None))
-    else:
-        monkeypatch.setattr(module, function, failing_after(calls, getattr(module, function)))
-    with pytest.raises(UserError, match=r"checkpoint-2 could not be written .*No space left"):
-        run.save(tmp_path, 2, limit=1)
+    with monkeypatch.context() as patched:
+        if function == "read_only":
+            patched.setattr("pathlib.Path.mkdir", failing_after(0, None))
+        elif function == "dcp.save":
+            patched.setattr(saver_module.dcp, "save", failing_after(calls, None))
+        else:
+            patched.setattr(saver_module, function, failing_after(calls, getattr(saver_module, function)))
+        told = []
+        assert run.save(tmp_path, 2, limit=1, background=True, told=told) is None
+    assert len(told) == 1 and "checkpoint-2 could not be written (" in told[0] and "No space left" in told[0]
     assert names(tmp_path) == ["checkpoint-1"]
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-
-
-def test_a_full_disk_while_the_model_is_written(tmp_path, run, monkeypatch):
-    run.save(tmp_path, 1)
-    monkeypatch.setattr("osp_fast.models.weights.save_file", failing_after(1, lambda *args, **kwargs: None))
-    monkeypatch.setattr("osp_fast.models.weights.sync", lambda path: None)
-    with pytest.raises(UserError, match="checkpoint-2 could not be written"):
-        run.save(tmp_path, 2, limit=1)
-    assert names(tmp_path) == ["checkpoint-1"]
+    assert run.save(tmp_path, 3, limit=1) == tmp_path / "checkpoint-3"
+    assert names(tmp_path) == ["checkpoint-3"]
 
 
 def test_what_a_kill_left_is_no_checkpoint_and_is_removed(tmp_path, run, monkeypatch):
@@ -150,14 +205,14 @@ def test_what_a_kill_left_is_no_checkpoint_and_is_removed(tmp_path, run, monkeyp
         raise SystemExit
 
     # A kill runs no clean-up code.
-    monkeypatch.setattr(module.shutil, "rmtree", lambda *args, **kwargs: None)
-    monkeypatch.setattr(module, "write_state", killed)
+    monkeypatch.setattr(saver_module.shutil, "rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr(saver_module, "write_state", killed)
     with pytest.raises(SystemExit):
         run.save(tmp_path, 2)
     monkeypatch.undo()
     monkeypatch.setattr(module.shutil, "rmtree", killed)
     with pytest.raises(SystemExit):
-        module._remove_oldest(tmp_path, newest=9, limit=1)
+        module.remove_checkpoint(tmp_path / "checkpoint-1")
     monkeypatch.undo()
     assert len(names(tmp_path)) == 2 and list_checkpoints(tmp_path) == []
     remove_leftovers(tmp_path)
@@ -165,9 +220,9 @@ def test_what_a_kill_left_is_no_checkpoint_and_is_removed(tmp_path, run, monkeyp
 
 
 @pytest.mark.parametrize("damaged", ["truncated", "missing", "another model"])
-def test_an_optimizer_file_that_does_not_fit_is_refused(tmp_path, run, damaged):
+def test_an_optimizer_state_that_does_not_fit_is_refused(tmp_path, run, damaged):
     folder = run.save(tmp_path, 1)
-    file = folder / "optimizer.safetensors"
+    file = next((folder / "optimizer").iterdir())
     dit = run.dit
     if damaged == "truncated":
         file.write_bytes(file.read_bytes()[:-1])
@@ -175,8 +230,9 @@ def test_an_optimizer_file_that_does_not_fit_is_refused(tmp_path, run, damaged):
         file.unlink()
     else:
         dit = DiT.create(dataclasses.replace(run.dit.config, num_layers=2), 0)
-    with pytest.raises(UserError, match=r"optimizer\.safetensors.*resume from another checkpoint"):
-        load_training_state(folder, dit, build_optimizer(dit, OptimizerConfig()))
+    shards = LocalShards(dit)
+    with pytest.raises(UserError, match=r"checkpoint-1/optimizer .*resume from another checkpoint"):
+        load_optimizer(folder, build_optimizer(shards.local, OptimizerConfig()), shards, ALONE)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +264,31 @@ def test_latest_is_the_greatest_complete_one(tmp_path, run):
     assert ["checkpoint-1000" in messages[0], "checkpoint-100 " in messages[1], len(messages)] == [True, True, 2]
 
 
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "missing", "no manifest", "hostile manifest"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, run, damage):
+    for step in (1, 2):
+        run.save(tmp_path, step)
+    folder = tmp_path / "checkpoint-2"
+    file = folder / "model" / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(whole[:-100])
+    elif damage == "one bit":
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "no manifest":
+        (folder / "SHA256SUMS").unlink()
+    else:
+        (folder / "SHA256SUMS").write_text(f"{'0' * 64}  ../../outside\n")
+    messages = []
+    assert find_checkpoint("latest", tmp_path, messages.append) == tmp_path / "checkpoint-1"
+    blamed = "SHA256SUMS" if "manifest" in damage else "diffusion_pytorch_model.safetensors"
+    assert len(messages) == 1 and "checkpoint-2 is damaged and is passed over" in messages[0] and blamed in messages[0]
+    with pytest.raises(UserError, match=f"checkpoint-2/.*{blamed}.*resume from another checkpoint"):
+        find_checkpoint("checkpoint-2", tmp_path, print)
+
+
 def test_a_named_checkpoint(tmp_path, run):
     folder = run.save(tmp_path, 4, ema=False)
     assert find_checkpoint(str(folder), tmp_path / "other", print) == folder
@@ -226,5 +307,5 @@ def test_an_incomplete_folder_in_the_way_is_replaced(tmp_path, run):
 def test_latest_does_not_start_anew_beside_checkpoints_that_it_cannot_read(tmp_path, run):
     folder = run.save(tmp_path, 3)
     (folder / "trainer_state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be read .*the field step is missing"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is sound .*the field step is missing"):
         find_checkpoint("latest", tmp_path, print)

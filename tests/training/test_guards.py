@@ -1,5 +1,6 @@
-"""Signals become a wish to stop; non-finite steps are counted; parallel runs are refused."""
+"""Signals become a wish to stop; non-finite steps are counted and listed; what this version cannot do is refused."""
 
+import json
 import os
 import signal
 
@@ -7,10 +8,10 @@ import pytest
 
 from osp_fast.config import RunConfig
 from osp_fast.errors import UserError
-from osp_fast.training.guards import MAX_SKIPPED_IN_A_ROW, NonFiniteGuard, StopSignals, refuse_parallel_runs
+from osp_fast.training.guards import NonFiniteGuard, StopSignals, note_skipped, refuse_sequence_parallelism
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_is_noted_and_handlers_come_back(number, code):
     before = signal.getsignal(number)
     with StopSignals() as stop:
@@ -28,29 +29,27 @@ def test_a_second_interrupt_is_immediate():
 
 
 def test_non_finite_steps_in_a_row_end_the_run():
-    guard = NonFiniteGuard(skipped=4)
-    for step in range(1, MAX_SKIPPED_IN_A_ROW):
+    guard = NonFiniteGuard(limit=5, skipped=4)
+    for step in range(1, 5):
         assert "a.mp4" in guard.non_finite(step, ["a.mp4"])
     guard.finite()
-    for step in range(MAX_SKIPPED_IN_A_ROW - 1):
+    for step in range(4):
         guard.non_finite(step, ["b.mp4"])
     with pytest.raises(UserError, match=r"step 77, clips c.mp4, d.mp4.*--learning_rate"):
         guard.non_finite(77, ["c.mp4", "d.mp4"])
-    assert guard.skipped == 4 + 2 * MAX_SKIPPED_IN_A_ROW - 1
+    assert guard.skipped == 4 + 2 * 5 - 1
 
 
-@pytest.mark.parametrize("sp_size, world_size, words", [(2, None, "--sp_size 2"), (1, "8", "WORLD_SIZE=8")])
-def test_parallel_runs_are_refused(monkeypatch, sp_size, world_size, words):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if world_size:
-        monkeypatch.setenv("WORLD_SIZE", world_size)
-    with pytest.raises(UserError, match=f"{words}.*not part of this version"):
-        refuse_parallel_runs(RunConfig(sp_size=sp_size))
+def test_sequence_parallel_runs_are_refused():
+    with pytest.raises(UserError, match="--sp_size 2.*not part of this version"):
+        refuse_sequence_parallelism(RunConfig(sp_size=2))
+    assert refuse_sequence_parallelism(RunConfig()) is None  # it did not raise
 
 
-@pytest.mark.parametrize("world_size", [None, "1"])
-def test_one_process_may_train(monkeypatch, world_size):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if world_size:
-        monkeypatch.setenv("WORLD_SIZE", world_size)
-    assert refuse_parallel_runs(RunConfig()) is None  # it did not raise
+def test_skipped_steps_are_listed_and_a_full_disk_is_only_told(tmp_path):
+    clip = dict(path="a.mp4", clip_index=3, slot=1, loss=float("nan"), rank=0)
+    assert note_skipped(tmp_path, 7, float("inf"), [clip]) is None
+    assert note_skipped(tmp_path, 8, 2.0, []) is None
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert lines[0] == dict(step=7, grad_norm="inf", clips=[dict(clip, loss="nan")]) and lines[1]["grad_norm"] == 2.0
+    assert "make room" in note_skipped(tmp_path / "absent", 9, 1.0, [clip])

@@ -17,12 +17,15 @@ import torch
 from osp_fast.config import TrainConfig, as_dict
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
+from osp_fast.parallel.world import Ranks, World
 from osp_fast.progress import Progress
 from osp_fast.training.build import load_trainable
-from osp_fast.training.guards import MAX_SKIPPED_IN_A_ROW, StopSignals
-from osp_fast.training.loop import Trainer, prepare_output
+from osp_fast.training.guards import StopSignals
+from osp_fast.training.loop import Trainer
 from osp_fast.training.metrics import MetricsLog
 from osp_fast.training.optimizer import state_tensors
+from osp_fast.training.output import prepare_output
+from osp_fast.training.prepare import BatchFeed, BatchMaker
 from osp_fast.training.state import TrainerState, read_state
 
 
@@ -46,29 +49,32 @@ def train(make_loss, make_batches):
     def run(config: TrainConfig, until: int, checkpoint: Path | None = None, batches=None, total: int = 8):
         Path(config.run.output_dir).mkdir(exist_ok=True)
         if checkpoint is None:
-            state = TrainerState(0, 0, 0, 0, 0, 0, 0, "clips", as_dict(config), {}, {})
+            state = TrainerState(0, 0, 0, 0, 0, 0, 0, {}, "clips", as_dict(config), {}, {})
             loss = make_loss(config)
         else:
             state = read_state(checkpoint / "trainer_state.json")
             loss = make_loss(config, dit=load_trainable(checkpoint / "model"))
-        trainer = Trainer(config, loss, state, checkpoint, total)
-        batches = batches or make_batches(3, state.epoch, state.batch)
         stream = io.StringIO()
-        metrics = MetricsLog(config.run, state.step)
+        progress = Progress(total, stream=stream)
+        world = World(Ranks(), torch.device("cpu"))
+        trainer = Trainer(config, world, loss.loss, state, checkpoint, total, progress)
+        trainer.clip_loss = loss
+        batches = batches or make_batches(3, state.epoch, state.batch)
+        metrics = MetricsLog(config.run, state.step, progress.message)
         with StopSignals() as stop:
-            trainer.run(stop_after(batches, until - state.step, stop), metrics, Progress(total, stream=stream), stop)
+            feed = BatchFeed(stop_after(batches, until - state.step), loss.maker, state.step, 2)
+            trainer.run(feed, metrics, stop)
         metrics.close()
         return trainer, stream.getvalue()
 
     return run
 
 
-def stop_after(batches, steps: int, stop: StopSignals):
-    """Batches, with a SIGTERM to this process during the last of them."""
-    for number, batch in enumerate(batches, 1):
-        if number == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        yield batch
+def stop_after(batches, steps: int):
+    """So many batches, and then a SIGTERM to this process instead of a batch."""
+    yield from itertools.islice(batches, steps)
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield None
 
 
 def history(config: TrainConfig) -> list[dict]:
@@ -79,9 +85,12 @@ def history(config: TrainConfig) -> list[dict]:
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {
-        **{f"weight {name}": tensor for name, tensor in trainer.dit.state_dict().items()},
-        **{f"average {name}": tensor for name, tensor in trainer.ema.named_average().items()},
-        **{f"optimizer {name}": tensor for name, tensor in state_tensors(trainer.optimizer, trainer.dit).items()},
+        **{f"weight {name}": tensor for name, tensor in trainer.loss.dit.state_dict().items()},
+        **{f"average {name}": tensor for name, tensor in trainer.update.ema.named_average().items()},
+        **{
+            f"optimizer {name}": tensor
+            for name, tensor in state_tensors(trainer.update.optimizer, trainer.shards).items()
+        },
     }
 
 
@@ -140,16 +149,15 @@ def poisoned(batches, trouble: range):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Captions "poison" give a loss that is not a number."""
-    from osp_fast.training.step import ClipLoss
+    """Captions "poison" give a latent that is not a number."""
+    honest = BatchMaker.__call__
 
-    honest = ClipLoss.__call__
+    def call(self, clips, step, slots):
+        made = honest(self, clips, step, slots)
+        made.latents[[clip.caption == "poison" for clip in clips]] = float("nan")
+        return made
 
-    def call(self, clips, step):
-        bad = torch.tensor([float("nan") if clip.caption == "poison" else 1.0 for clip in clips])
-        return honest(self, clips, step) * bad
-
-    monkeypatch.setattr(ClipLoss, "__call__", call)
+    monkeypatch.setattr(BatchMaker, "__call__", call)
 
 
 def test_a_bad_gradient_is_skipped_and_told(config, train, make_batches, poison):
@@ -163,13 +171,13 @@ def test_a_bad_gradient_is_skipped_and_told(config, train, make_batches, poison)
     before, after = (DiT.from_pretrained(folder / f"checkpoint-{step}" / "model").state_dict() for step in (1, 2))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(tensor.isfinite().all() for tensor in everything(trainer).values())
-    assert trainer.ema.updates == 2
+    assert trainer.update.ema.updates == 2
 
 
 def test_only_bad_gradients_end_the_run(config, train, make_batches, poison):
-    with pytest.raises(UserError, match=f"not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row"):
+    with pytest.raises(UserError, match=f"not finite for {config.optimizer.max_skipped_steps} steps in a row"):
         train(config, 50, batches=poisoned(make_batches(3), range(2, 50)), total=50)
-    assert len(history(config)) == 2 + MAX_SKIPPED_IN_A_ROW - 1
+    assert len(history(config)) == 2 + config.optimizer.max_skipped_steps - 1
 
 
 def test_bad_gradients_prune_no_good_checkpoint(config, train, make_batches, poison):
@@ -190,8 +198,8 @@ def test_an_average_that_is_gone_is_missed_and_a_new_one_starts_from_the_weights
     train(config, 6, checkpoint)
     config.run.use_ema = True
     trainer, _ = train(config, 7, Path(config.run.output_dir) / "checkpoint-6")
-    average = trainer.ema.named_average()
-    assert all(torch.equal(parameter, average[name]) for name, parameter in trainer.dit.named_parameters())
+    average = trainer.update.ema.named_average()
+    assert all(torch.equal(parameter, average[name]) for name, parameter in trainer.loss.dit.named_parameters())
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(config, train):

@@ -18,13 +18,13 @@ def steps(file) -> list[int]:
 
 def test_resuming_drops_later_and_broken_lines(tmp_path):
     run = RunConfig(output_dir=str(tmp_path), report_to="none")
-    log = MetricsLog(run, resumed_step=0)
+    log = MetricsLog(run, resumed_step=0, report=print)
     for step in (1, 2, 3, 4):
         log.write(record(step))
     log.close()
     with log.file.open("a") as out:
         out.write('{"step": 5, "lo')
-    log = MetricsLog(run, resumed_step=2)
+    log = MetricsLog(run, resumed_step=2, report=print)
     log.write(record(3, loss_again=True))
     log.close()
     assert steps(log.file) == [1, 2, 3]
@@ -48,9 +48,34 @@ def test_a_failure_while_rewriting_keeps_the_old_file(tmp_path, monkeypatch):
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = MetricsLog(RunConfig(output_dir=str(tmp_path), logging_dir="logs", report_to="tensorboard"), 0)
+    log = MetricsLog(RunConfig(output_dir=str(tmp_path), logging_dir="logs", report_to="tensorboard"), 0, print)
     log.write(record(3))
     log.close()
     events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 0.5)]
+
+
+def test_a_full_disk_delays_lines_and_loses_none(tmp_path, monkeypatch):
+    told = []
+    log = MetricsLog(RunConfig(output_dir=str(tmp_path), report_to="none"), 0, told.append)
+    log.write(record(1))
+
+    class Full:
+        """A file on a disk with room for half a line."""
+
+        def __init__(self, file):
+            self.file = file
+            self.seek = file.seek
+
+        def write(self, data: bytes) -> int:
+            return self.file.write(data[: len(data) // 2])
+
+    file, log._lines = log._lines, Full(log._lines)
+    log.write(record(2))
+    log.write(record(3))
+    assert steps(log.file) == [1] and len(told) == 1 and "metrics.jsonl cannot be written (No space left" in told[0]
+    log._lines = file
+    log.write(record(4))
+    log.close()
+    assert steps(log.file) == [1, 2, 3, 4] and len(told) == 1

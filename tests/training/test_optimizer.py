@@ -8,8 +8,16 @@ from torch import nn
 
 from osp_fast.config import LR_SCHEDULERS, OptimizerConfig
 from osp_fast.errors import UserError
+from osp_fast.parallel.shards import LocalShards
 from osp_fast.seeding import torch_generator
-from osp_fast.training.optimizer import build_optimizer, learning_rate_rule, set_learning_rate, state_tensors
+from osp_fast.training.optimizer import (
+    build_optimizer,
+    learning_rate_rule,
+    set_learning_rate,
+    state_tensors,
+    step_tensors,
+    take_step,
+)
 
 
 def network() -> nn.Sequential:
@@ -20,18 +28,19 @@ def network() -> nn.Sequential:
     return module
 
 
-def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def train(module: nn.Module, shards: LocalShards, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         x = torch.randn(8, 6, generator=torch_generator("x", step))
         module(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        shards.collect_gradients()
+        take_step(optimizer)
+        shards.drop_gradients()
 
 
 def test_adamw_follows_its_formula():
     config = OptimizerConfig(learning_rate=0.1, adam_beta1=0.8, adam_beta2=0.9, adam_weight_decay=0.05)
     module = nn.Linear(3, 1, bias=False)
-    optimizer = build_optimizer(module, config)
+    optimizer = build_optimizer(list(module.parameters()), config)
     weight = module.weight.detach().double().clone()
     first = second = torch.zeros_like(weight)
     for step in range(1, 5):
@@ -47,16 +56,14 @@ def test_adamw_follows_its_formula():
 
 def test_building_allocates_state_and_changes_nothing():
     module, untouched = network(), network()
-    optimizer = build_optimizer(module, OptimizerConfig(learning_rate=0.3))
+    shards = LocalShards(module)
+    optimizer = build_optimizer(shards.local, OptimizerConfig(learning_rate=0.3))
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), untouched.parameters(), strict=True))
-    tensors = state_tensors(optimizer, module)
+    tensors = state_tensors(optimizer, shards)
     assert set(tensors) == {
-        f"{layer}.{kind}.{key}"
-        for layer in "01"
-        for kind in ("weight", "bias")
-        for key in ("exp_avg", "exp_avg_sq", "step")
+        f"{layer}.{kind}.{key}" for layer in "01" for kind in ("weight", "bias") for key in ("exp_avg", "exp_avg_sq")
     }
-    assert all(not tensor.any() for tensor in tensors.values())
+    assert all(not tensor.any() for tensor in (*tensors.values(), *step_tensors(optimizer)))
     assert [group["lr"] for group in optimizer.param_groups] == [0.3]
     assert all(parameter.grad is None for parameter in module.parameters())
 
@@ -64,15 +71,18 @@ def test_building_allocates_state_and_changes_nothing():
 def test_copying_the_state_continues_bit_for_bit():
     config = OptimizerConfig(learning_rate=0.05)
     straight, resumed = network(), network()
-    first = build_optimizer(straight, config)
-    train(straight, first, range(3))
-    saved = {name: tensor.clone() for name, tensor in state_tensors(first, straight).items()}
+    shards = [LocalShards(straight), LocalShards(resumed)]
+    first = build_optimizer(shards[0].local, config)
+    train(straight, shards[0], first, range(3))
+    saved = {name: tensor.clone() for name, tensor in state_tensors(first, shards[0]).items()}
     resumed.load_state_dict(straight.state_dict())
-    second = build_optimizer(resumed, config)
-    for name, tensor in state_tensors(second, resumed).items():
+    second = build_optimizer(shards[1].local, config)
+    for name, tensor in state_tensors(second, shards[1]).items():
         tensor.copy_(saved[name])
-    train(straight, first, range(3, 6))
-    train(resumed, second, range(3, 6))
+    for step in step_tensors(second):
+        step.fill_(3)
+    train(straight, shards[0], first, range(3, 6))
+    train(resumed, shards[1], second, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
@@ -87,11 +97,12 @@ class Coded:
 
 
 def test_state_of_a_quantised_moment_is_its_parts():
-    module = nn.Linear(2, 2, bias=False)
-    optimizer = build_optimizer(module, OptimizerConfig())
-    coded = optimizer.state[module.weight]["exp_avg"] = Coded()
-    tensors = state_tensors(optimizer, module)
-    assert tensors["weight.exp_avg.codes"] is coded.codes and tensors["weight.exp_avg.scale"] is coded.scale
+    shards = LocalShards(nn.Linear(2, 2, bias=False))
+    optimizer = build_optimizer(shards.local, OptimizerConfig())
+    coded = optimizer.state[shards.local[0]]["exp_avg"] = Coded()
+    tensors = state_tensors(optimizer, shards)
+    assert tensors["weight.exp_avg.codes.0-of-1"] is coded.codes
+    assert tensors["weight.exp_avg.scale.0-of-1"] is coded.scale
     assert "weight.exp_avg" not in tensors and "weight.exp_avg_sq" in tensors
 
 
@@ -110,13 +121,43 @@ def test_learning_rate_is_that_of_diffusers_stepped_through(name):
 
 
 def test_a_tensor_learning_rate_stays_a_tensor():
-    optimizer = build_optimizer(nn.Linear(1, 1), OptimizerConfig())
+    optimizer = build_optimizer(list(nn.Linear(1, 1).parameters()), OptimizerConfig())
     rate = optimizer.param_groups[0]["lr"] = torch.tensor(1.0)
     set_learning_rate(optimizer, [0.25])
     assert optimizer.param_groups[0]["lr"] is rate and rate.item() == 0.25
 
 
-def test_8_bit_adam_on_the_cpu_is_refused():
-    config = dataclasses.replace(OptimizerConfig(), use_8bit_adam=True)
-    with pytest.raises(UserError, match="--use_8bit_adam needs an NVIDIA GPU"):
-        build_optimizer(nn.Linear(1, 1), config)
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["use_8bit_adam"], "--use_8bit_adam needs an NVIDIA GPU"),
+        (["offload_optimizer"], "--offload_optimizer needs an NVIDIA GPU"),
+        (["use_8bit_adam", "offload_optimizer"], "exclude each other"),
+    ],
+)
+def test_what_needs_a_gpu_or_contradicts_is_refused(flags, words):
+    config = dataclasses.replace(OptimizerConfig(), **dict.fromkeys(flags, True))
+    with pytest.raises(UserError, match=words):
+        build_optimizer(list(nn.Linear(1, 1).parameters()), config)
+
+
+class Offloading:
+    """What torchao's offloading optimizer does with gradients: it takes them where autograd has accumulated them."""
+
+    def __init__(self, parameters: list[nn.Parameter], seen: list[torch.Tensor]):
+        self.param_d2h_map = {parameter: parameter.detach().clone() for parameter in parameters}
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+
+    def step(self) -> None:
+        pass
+
+
+def test_an_offloading_optimizer_gets_the_gradients_as_they_are_after_clipping():
+    seen: list[torch.Tensor] = []
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(3))]
+    offloading = Offloading(parameters, seen)
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, number + 0.5)
+    take_step(offloading)
+    assert [gradient.tolist() for gradient in seen] == [[0.5] * 2, [1.5] * 3]

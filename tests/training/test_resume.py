@@ -9,6 +9,7 @@ from osp_fast.errors import UserError
 from osp_fast.training.resume import ANOTHER_MODEL, ON_PURPOSE, OTHER_DATA, check_resume
 from osp_fast.training.state import TrainerState, recipe_of
 
+SIZES = {"1x16x16": 4}  # clips of a step
 # Settings that a resumed run may change without a word: what is computed stays the same.
 SILENT = {
     "data.dataset",
@@ -58,7 +59,7 @@ SILENT = {
 
 
 def state_of(config: TrainConfig) -> TrainerState:
-    return TrainerState(1, 0, 1, 1, 0, 0, 0, "clips", as_dict(config), {}, {})
+    return TrainerState(1, 0, 1, 1, 0, 0, 0, SIZES, "clips", as_dict(config), {}, {})
 
 
 def changed(field: str) -> TrainConfig:
@@ -78,38 +79,32 @@ def test_every_setting_is_decided_once():
 @pytest.mark.parametrize("field", ANOTHER_MODEL + OTHER_DATA)
 def test_contradictions_are_refused_and_named(field):
     with pytest.raises(UserError, match=f"--{field.split('.')[1]} .*--pretrained ck/model"):
-        check_resume(state_of(TrainConfig()), changed(field), "clips", "ck")
+        check_resume(state_of(TrainConfig()), changed(field), SIZES, "clips", "ck")
 
 
-@pytest.mark.parametrize("field", [f for f in ON_PURPOSE if f.split(".")[1] not in ("train_batch_size",)])
+@pytest.mark.parametrize("field", ON_PURPOSE)
 def test_deliberate_changes_are_told(field):
-    config = changed(field)
-    if field == "optimizer.gradient_accumulation_steps":
-        was = TrainConfig()
-        was.optimizer.train_batch_size = 7
-    else:
-        was = TrainConfig()
-    notices = check_resume(state_of(was), config, "clips", "ck")
+    notices = check_resume(state_of(TrainConfig()), changed(field), SIZES, "clips", "ck")
     assert any(f"--{field.split('.')[1]} is" in notice for notice in notices)
 
 
 @pytest.mark.parametrize("field", sorted(SILENT))
 def test_the_rest_may_change(field):
-    assert check_resume(state_of(TrainConfig()), changed(field), "clips", "ck") == []
+    assert check_resume(state_of(TrainConfig()), changed(field), SIZES, "clips", "ck") == []
 
 
 def test_another_global_batch_or_other_clips_are_refused():
-    with pytest.raises(UserError, match=r"1 clips per step.*not 7"):
-        check_resume(state_of(TrainConfig()), changed("optimizer.train_batch_size"), "clips", "ck")
+    with pytest.raises(UserError, match=r"4 clips of 1x16x16 per step.*not 8"):
+        check_resume(state_of(TrainConfig()), TrainConfig(), {"1x16x16": 8}, "clips", "ck")
     with pytest.raises(UserError, match="--data selects other clips"):
-        check_resume(state_of(TrainConfig()), TrainConfig(), "other clips", "ck")
+        check_resume(state_of(TrainConfig()), TrainConfig(), SIZES, "other clips", "ck")
 
 
 def test_a_state_without_settings_is_refused():
     state = state_of(TrainConfig())
     del state.config["optimizer"]
     with pytest.raises(UserError, match=r"ck/trainer_state.json: config\.optimizer\.\w+ is missing"):
-        check_resume(state, TrainConfig(), "clips", "ck")
+        check_resume(state, TrainConfig(), SIZES, "clips", "ck")
 
 
 def test_recipe_words():

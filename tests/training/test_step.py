@@ -8,17 +8,21 @@ from torch.utils.checkpoint import noop_context_fn
 
 from osp_fast.config import TrainConfig
 from osp_fast.seeding import torch_generator
-from osp_fast.training.step import ClipLoss, accumulate_gradients, pad_to_largest
+from osp_fast.training.prepare import pad_to_largest
+from osp_fast.training.step import accumulate_gradients
+
+SLOTS = 4  # clips of the steps that these clips are taken from
 
 
 @pytest.fixture
-def loss(make_loss) -> ClipLoss:
+def loss(make_loss):
     return make_loss()
 
 
-def gradients(loss: ClipLoss, clips, micro_batch: int, step: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+def gradients(loss, clips, micro_batch: int, step: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     loss.dit.zero_grad(set_to_none=True)
-    losses = accumulate_gradients(loss, clips, micro_batch, step)
+    parts = [clips[first : first + micro_batch] for first in range(0, len(clips), micro_batch)]
+    losses = accumulate_gradients(loss.loss, [loss.maker(part, step, SLOTS) for part in parts])
     return losses, torch.cat([parameter.grad.flatten() for parameter in loss.dit.parameters()])
 
 
@@ -61,7 +65,7 @@ def test_draws_are_named_by_step_and_slot(loss, make_clip):
 
 def test_latents_are_normalised_samples_of_the_posterior(loss, make_clip, vae):
     clips = [make_clip(0), make_clip(1, (1, 32, 32)), make_clip(2)]
-    latents = loss.encode(clips, step=0)
+    latents = loss.maker.encode(clips, step=0)
     assert [tuple(latent.shape) for latent in latents] == [(8, 2, 4, 4), (8, 1, 4, 4), (8, 2, 4, 4)]
     posterior = vae.encode(clips[2].pixels[None].float() / 127.5 - 1)
     noise = torch.randn(posterior.mean.shape, generator=torch_generator("posterior", 42, 0, 2))
@@ -73,7 +77,9 @@ def test_tiled_encoding_gives_the_same_latents(loss, make_loss, make_clip):
     config = TrainConfig()
     config.model.enable_tiling = True
     long = [make_clip(0, (41, 16, 16))]
-    torch.testing.assert_close(make_loss(config).encode(long, 0)[0], loss.encode(long, 0)[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        make_loss(config).maker.encode(long, 0)[0], loss.maker.encode(long, 0)[0], rtol=0, atol=1e-5
+    )
 
 
 def test_encoding_keeps_to_the_memory_that_is_named(make_loss, make_clip, capsys):
@@ -81,11 +87,11 @@ def test_encoding_keeps_to_the_memory_that_is_named(make_loss, make_clip, capsys
     config.model.vae_memory = 6 << 20
     clips = [make_clip(0, (17, 64, 64)), make_clip(1, (17, 64, 64))]
     small = make_loss(config)
-    found = small.encode(clips, 0)
+    found = small.maker.encode(clips, 0)
     assert "VAE encode of 2 clips of 17x64x64: " in capsys.readouterr().err
-    small.encode(clips, 1)
+    small.maker.encode(clips, 1)
     assert not capsys.readouterr().err  # a plan for each size, once
-    for one, other in zip(found, make_loss().encode(clips, 0), strict=True):
+    for one, other in zip(found, make_loss().maker.encode(clips, 0), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
@@ -123,3 +129,16 @@ def test_flow_and_noise_offset_train_too(make_loss, make_clip):
         losses, found = gradients(make_loss(config), [make_clip(0)], 1)
         assert losses.isfinite().all() and found.isfinite().all()
         assert not torch.equal(losses, gradients(make_loss(), [make_clip(0)], 1)[0])
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_timesteps_are_stratified_over_the_slots_of_a_step(make_loss, make_clip, flow):
+    config = TrainConfig()
+    config.diffusion.rf_scheduler, config.diffusion.weighting_scheme = flow, "uniform"
+    maker = make_loss(config).maker
+    clips = [make_clip(slot, (1, 16, 16)) for slot in range(8)]
+    for step in range(3):
+        whole = maker(clips, step, 8).timesteps
+        assert [int(8 * t / 1000.001) for t in whole.tolist()] == list(range(8))
+        # Whoever makes a part of the batch draws the same.
+        assert torch.equal(torch.cat([maker(part, step, 8).timesteps for part in (clips[:3], clips[3:])]), whole)

@@ -1,0 +1,1 @@
+"""Several GPUs: ranks and their groups, sharded weights, what each rank holds of them, and whether all are well."""

@@ -1,0 +1,161 @@
+"""The processes of a run: who this one is, and what all of them agree on.
+
+torchrun starts one process for each GPU and tells it by environment variables who it is. A run of one process needs
+none of this: it makes no process group, and everything here answers at once.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from osp_fast.device import rank_device
+from osp_fast.errors import UserError
+
+# So many of NCCL's last calls are remembered, for the report on a hang; PyTorch reads it when a group is made.
+FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "2000")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others: its number of `size`, and its number of `local_size` on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """As torchrun says; one process without it. Raises `UserError` if the variables contradict each other."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        try:
+            rank, size = (int(os.environ.get(name, default)) for name, default in zip(names, (0, 1), strict=False))
+            local = (int(os.environ.get(name, default)) for name, default in zip(names[2:], (rank, size), strict=True))
+            ranks = cls(rank, size, *local)
+        except ValueError:
+            raise UserError(f"{', '.join(names)} must be whole numbers: start with torchrun, or unset them") from None
+        if not (0 <= ranks.rank < ranks.size and 0 <= ranks.local_rank < ranks.local_size):
+            raise UserError(
+                f"RANK {ranks.rank} is not one of WORLD_SIZE {ranks.size}: start with torchrun, or unset them"
+            )
+        return ranks
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run and how they talk.
+
+    device: what this rank computes on
+    files: a group of its own for the thread that writes checkpoints, gloo; None in a run of one process
+    """
+
+    ranks: Ranks
+    device: torch.device
+    files: dist.ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return self.ranks.rank
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return self.ranks.size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which speaks and writes for all."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.size == 1
+
+    def greatest(self, *values: int) -> list[int]:
+        """The greatest of what the ranks give, for each value; all ranks must call it. By the CPUs: no GPU waits."""
+        if self.alone:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """What each rank gives, by rank, on every rank; all ranks must call it. Small plain data only.
+
+        group: `files` in the thread that writes checkpoints, whose calls must not mix with the others
+        """
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place, on the tensor's device and without a wait of the host."""
+        if not self.alone:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def first_fault(self, fault: str | None) -> None:
+        """Raise on every rank what is wrong on the first one where something is (`fault`), as `UserError`."""
+        for rank, found in enumerate(self.gather(fault)):
+            if found is not None:
+                raise UserError(found if self.alone else f"rank {rank}: {found}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let a `UserError` within the block be raised on every rank; all ranks must enter it."""
+        fault = None
+        try:
+            yield
+        except UserError as error:
+            fault = str(error)
+        self.first_fault(fault)
+
+
+@contextmanager
+def open_world(device_name: str, timeout_s: float) -> Iterator[World]:
+    """Join the run's other processes, and leave them at the end.
+
+    device_name: as `--device` has it; under torchrun auto and cuda are the GPU of LOCAL_RANK
+    timeout_s: of joining and of every collective
+
+    Raises:
+        UserError: the environment or the device is wrong, or the ranks do not find each other.
+    """
+    ranks = Ranks.from_environment()
+    device = rank_device(device_name)
+    if ranks.size == 1:
+        yield World(ranks, device)
+        return
+    os.environ.setdefault(*FLIGHT_RECORDER)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(seconds=timeout_s),
+            rank=ranks.rank,
+            world_size=ranks.size,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (dist.DistError, ValueError) as error:
+        raise UserError(
+            f"rank {ranks.rank} of {ranks.size} on {socket.gethostname()} did not find the others within"
+            f" --start_timeout {timeout_s:g} s ({error}): start all with torchrun, and check MASTER_ADDR, MASTER_PORT"
+        ) from error
+    try:
+        yield World(ranks, device, dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,40 @@
+"""`--output_dir` before the first step: made, tidied, and which checkpoint the run goes on from."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from osp_fast.config import TrainConfig
+from osp_fast.errors import UserError
+from osp_fast.training.checkpoint import find_checkpoint, list_checkpoints, remove_leftovers
+
+
+def prepare_output(config: TrainConfig, notify: Callable[[str], None]) -> Path | None:
+    """Make `--output_dir` ready and find the checkpoint that the run goes on from (None: a new run).
+
+    Raises:
+        UserError: the run would mix with another one's checkpoints, or the folder cannot be written.
+    """
+    output_dir = Path(config.run.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(output_dir)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be used ({error}): choose another folder") from error
+    present = list_checkpoints(output_dir)
+    if config.run.resume_from_checkpoint is None:
+        if present:
+            raise UserError(
+                f"--output_dir {output_dir} already holds {present[-1][1].name}: go on from it with"
+                " --resume_from_checkpoint latest, or choose another --output_dir"
+            )
+        return None
+    checkpoint = find_checkpoint(config.run.resume_from_checkpoint, output_dir, notify)
+    if checkpoint is not None and config.run.resume_from_checkpoint != "latest":
+        names = [path.name for _, path in present]
+        elsewhere = checkpoint.resolve().parent != output_dir.resolve()
+        if names and (elsewhere or checkpoint.name != names[-1]):
+            raise UserError(
+                f"--output_dir {output_dir} already holds {names[-1]}, which a run from {checkpoint} would mix with:"
+                " move it away, or choose another --output_dir"
+            )
+    return checkpoint

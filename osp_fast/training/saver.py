@@ -1,0 +1,243 @@
+"""Writing checkpoints: a copy in CPU memory first, then files, while training goes on."""
+
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from osp_fast.config import Recipe
+from osp_fast.files import sync
+from osp_fast.models.weights import SHARD_BYTES, PretrainedModel, plan_files, write_index, write_weights_file
+from osp_fast.parallel.shards import LocalShards, gather_state, on_cpu
+from osp_fast.parallel.world import World
+from osp_fast.training.checkpoint import (
+    OPTIMIZER_FOLDER,
+    WRITING,
+    list_checkpoints,
+    remove_checkpoint,
+    superfluous,
+)
+from osp_fast.training.ema import EMA
+from osp_fast.training.manifest import hash_files, write_manifest
+from osp_fast.training.optimizer import state_tensors, step_tensors
+from osp_fast.training.state import FILE_NAME as STATE_FILE
+from osp_fast.training.state import TrainerState, write_state
+
+LEAST_FILE_BYTES = 256 << 20  # smaller files of weights are not worth a rank of their own
+WRITE_ERRORS = (OSError, SafetensorError, CheckpointException, RuntimeError)
+
+
+@dataclass
+class ModelFiles:
+    """This rank's files of a model folder: which tensors go where, and those that this rank writes."""
+
+    weight_map: dict[str, str]
+    total_size: int
+    tensors: dict[str, dict[str, Tensor]]
+
+
+@dataclass
+class Snapshot:
+    """What this rank writes of a checkpoint, in CPU memory: nothing in it changes any more.
+
+    models: by the folder's name; optimizer: as a distributed checkpoint takes it
+    """
+
+    state: TrainerState
+    models: dict[str, ModelFiles]
+    optimizer: dict[str, Tensor]
+
+
+@torch.no_grad()
+def take_snapshot(
+    state: TrainerState,
+    dit: PretrainedModel,
+    shards: LocalShards,
+    optimizer: Optimizer,
+    ema: EMA | None,
+    world: World,
+    cpu_mesh: DeviceMesh | None,
+) -> Snapshot:
+    """Copy all that a checkpoint holds; all ranks must call it. The GPU has finished the step when it returns."""
+    models = {"model": _model_files(dit, {}, world)}
+    if ema is not None:
+        models["model_ema"] = _model_files(dit, ema.named_average(), world)
+    tensors = {"step": step_tensors(optimizer)[0], **state_tensors(optimizer, shards)}
+    return Snapshot(state, models, {name: on_cpu(tensor, cpu_mesh) for name, tensor in tensors.items()})
+
+
+def _model_files(dit: PretrainedModel, replaced: dict[str, Tensor], world: World) -> ModelFiles:
+    meta = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in dit.state_dict().items()}
+    shapes = dit.to_checkpoint(meta)
+    total = sum(tensor.nbytes for tensor in shapes.values())
+    # As many files as ranks, so that all of them write, but no more than are worth it.
+    weight_map = plan_files(shapes, min(SHARD_BYTES, max(LEAST_FILE_BYTES, -(-total // world.size))))
+    files = sorted(set(weight_map.values()))
+    tensors: dict[str, dict[str, Tensor]] = {file: {} for file in files[world.rank :: world.size]}
+
+    def take(name: str, whole: Tensor) -> None:
+        for part_name, part in dit.to_checkpoint({name: whole}).items():
+            mine = tensors.get(weight_map[part_name])
+            if mine is not None:
+                mine[part_name] = part.detach().to("cpu", copy=True)
+
+    gather_state(dit, replaced, take)
+    return ModelFiles(weight_map, total, tensors)
+
+
+class Saver:
+    """Writes snapshots as checkpoints, in a thread if `background`; one at a time.
+
+    limit, keep_every: which older ones stay, see `superfluous`
+    report: gets one sentence for a checkpoint that could not be written; training goes on then, and the older ones are
+        as they were
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        dit: PretrainedModel,
+        recipe: Recipe,
+        world: World,
+        *,
+        limit: int | None = None,
+        keep_every: int | None = None,
+        background: bool = True,
+        report: Callable[[str], None],
+    ):
+        self._output_dir, self._dit, self._recipe, self._world = output_dir, dit, recipe, world
+        self._limit, self._keep_every = limit, keep_every
+        self._background, self._report = background, report
+        self._thread: threading.Thread | None = None
+        self._fault: str | None = None
+        self.saved: Path | None = None
+        self.seconds = 0.0  # that the last one took to write
+
+    def save(self, snapshot: Snapshot, prune: bool = True) -> None:
+        """Write a snapshot once the one before is written; all ranks must call it. prune: remove superfluous ones."""
+        self.wait()
+        if not self._background:
+            self._run(snapshot, prune)
+            self._tell()
+            return
+        self._thread = threading.Thread(target=self._run, args=(snapshot, prune), name="save", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> str | None:
+        """Wait until nothing is being written. Returns why the last one could not be written, None if it could."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._tell()
+        return self._fault
+
+    def _tell(self) -> None:
+        if self._fault is not None:
+            self._report(self._fault)
+
+    def _run(self, snapshot: Snapshot, prune: bool) -> None:
+        final = self._output_dir / f"checkpoint-{snapshot.state.step}"
+        writing = self._output_dir / (WRITING + final.name)
+        started = time.monotonic()
+        self._fault = None
+        try:
+            for part in (self._begin, self._write_models, self._write_optimizer):
+                self._on_all_ranks(part, snapshot, writing)
+            self._on_first_rank(self._publish, snapshot.state, writing, final)
+            self.saved = final
+            self.seconds = time.monotonic() - started
+        except _Fault as fault:
+            self._fault = (
+                f"{final} could not be written ({fault}): make room or choose another --output_dir; the older"
+                " checkpoints are intact, resume with --resume_from_checkpoint latest"
+            )
+            if self._world.is_first:
+                shutil.rmtree(writing, ignore_errors=True)
+            return
+        try:
+            if prune:
+                self._on_first_rank(self._prune, snapshot.state.step)
+        except _Fault as fault:
+            self._fault = (
+                f"an old checkpoint in {self._output_dir} could not be removed ({fault}): remove it by hand or raise"
+                " --checkpoints_total_limit"
+            )
+
+    def _on_all_ranks(self, part: Callable, *arguments: object) -> None:
+        """Do a part on every rank; if one fails, all raise `_Fault`."""
+        fault = None
+        try:
+            part(*arguments)
+        except WRITE_ERRORS as error:
+            fault = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        for rank, found in enumerate(self._world.gather(fault, self._world.files)):
+            if found is not None:
+                raise _Fault(found if self._world.alone else f"rank {rank}: {found}")
+
+    def _on_first_rank(self, part: Callable, *arguments: object) -> None:
+        self._on_all_ranks(part if self._world.is_first else lambda *_: None, *arguments)
+
+    def _begin(self, snapshot: Snapshot, writing: Path) -> None:
+        if self._world.is_first:
+            with suppress(FileNotFoundError):
+                shutil.rmtree(writing)
+            for name in (*snapshot.models, OPTIMIZER_FOLDER):
+                (writing / name).mkdir(parents=True)
+
+    def _write_models(self, snapshot: Snapshot, writing: Path) -> None:
+        for name, model in snapshot.models.items():
+            for file, tensors in model.tensors.items():
+                write_weights_file(writing / name / file, tensors)
+            if self._world.is_first:
+                self._dit.save_config(writing / name, self._recipe)
+                write_index(writing / name, model.weight_map, model.total_size)
+
+    def _write_optimizer(self, snapshot: Snapshot, writing: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no other ranks are there
+            dcp.save(
+                snapshot.optimizer,
+                storage_writer=dcp.HuggingFaceStorageWriter(str(writing / OPTIMIZER_FOLDER), save_distributed=True),
+                process_group=self._world.files,
+                no_dist=self._world.alone,
+            )
+
+    def _publish(self, state: TrainerState, writing: Path, final: Path) -> None:
+        write_state(writing / STATE_FILE, state)
+        files = [path for path in writing.rglob("*") if path.is_file()]
+        write_manifest(writing, hash_files(writing, files))
+        _sync_tree(writing)
+        remove_checkpoint(final)  # only an incomplete folder can have this name: later checkpoints are refused
+        writing.rename(final)
+        sync(self._output_dir)
+
+    def _prune(self, newest: int) -> None:
+        present = dict(list_checkpoints(self._output_dir))
+        for step in superfluous(list(present), newest, self._limit, self._keep_every):
+            remove_checkpoint(present[step])
+
+
+class _Fault(Exception):
+    """Why a checkpoint could not be written; known to all ranks."""
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in _deepest_first(folder.rglob("*")):
+        sync(path)
+    sync(folder)
+
+
+def _deepest_first(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: len(path.parts), reverse=True)
