@@ -21,6 +21,8 @@ from osp_fast.data.captions import clean_caption
 from osp_fast.device import check_single_process, resolve_device, resolve_dtype
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.models.attention_backends import resolve_attention
+from osp_fast.models.lora import merge_lora
+from osp_fast.models.lora_files import agreed_recipe, holds_lora, load_lora
 from osp_fast.models.text_encoder import find_folder
 from osp_fast.models.weights import read_recipe, write_json
 from osp_fast.pipeline import (
@@ -47,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     dit_folder = find_dit(config)
     vae_folder = find_folder(config.ae_path, config.cache_dir)
     text_encoder_folder = find_folder(config.text_encoder_name_1, config.cache_dir)
+    lora = load_lora(find_lora(config.lora)) if config.lora else None
     recipe = read_recipe(dit_folder)
+    if lora is not None:
+        recipe = agreed_recipe(recipe, dit_folder, lora)
     config = with_recipe(config, recipe)
     parametrization = resolve_parametrization(
         recipe, config.sample_method, config.prediction_type, config.rescale_betas_zero_snr
@@ -64,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "attention": attention,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if lora is not None:
+        settings |= {"lora": str(lora.file), "lora_rank": lora.rank, "lora_alpha": lora.alpha}
     say("sampling with\n" + "\n".join(f"  {name}: {value}" for name, value in settings.items()))
     pipeline = VideoPipeline.from_folders(
         dit_folder,
@@ -77,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         round_rope_angles=config.round_rope_angles,
         save_memory=config.save_memory,
     )
+    if lora is not None:
+        merge_lora(pipeline.dit, lora, config.lora_scale)
     say(f"attention: {pipeline.dit.attention_summary()}")
     if config.compile:
         check_compiler(device)
@@ -227,18 +236,39 @@ def find_dit(config: SampleConfig) -> Path:
     Of a checkpoint the average is taken if there is one. Raises `UserError` if there is no model.
     """
     named = Path(config.model_path)
-    checkpoints = list_checkpoints(named)
-    if not checkpoints and (named / "config.json").is_file():
+    if not list_checkpoints(named) and (named / "config.json").is_file():
         return named
-    checkpoint = checkpoints[-1][1] if checkpoints else named
-    for folder in (checkpoint / "model_ema", checkpoint / "model"):
-        if folder.is_dir():
-            if checkpoints:
-                say(f"{named}: the newest checkpoint is {folder}")
-            return folder
+    found = in_newest_checkpoint(named, ("model_ema", "model"))
+    if found is not None:
+        return found
+    adapters = in_newest_checkpoint(named, ("lora_ema", "lora"))
+    if adapters is not None:
+        raise UserError(
+            f"--model_path {named} holds LoRA adapters only: give --lora {adapters}, and in --model_path the model that"
+            " they were trained on"
+        )
     if config.model_path == SAMPLE_PRESETS["tiny"]["model_path"]:
         raise UserError(f"there is no tiny model at {named} yet: run python -m osp_fast.train --preset tiny first")
     return find_folder(config.model_path, config.cache_dir)
+
+
+def find_lora(name: str) -> Path:
+    """The adapters that `--lora` names: a folder or file, those of a checkpoint, or of a run's newest checkpoint.
+
+    Of a checkpoint the average is taken if there is one.
+    """
+    named = Path(name)
+    return named if holds_lora(named) else in_newest_checkpoint(named, ("lora_ema", "lora")) or named
+
+
+def in_newest_checkpoint(named: Path, parts: Sequence[str]) -> Path | None:
+    """The first of these folders that a checkpoint has, or a run's newest checkpoint; None if it has none."""
+    checkpoints = list_checkpoints(named)
+    checkpoint = checkpoints[-1][1] if checkpoints else named
+    found = next((checkpoint / part for part in parts if (checkpoint / part).is_dir()), None)
+    if found is not None and checkpoints:
+        say(f"{named}: the newest checkpoint is {found}")
+    return found
 
 
 def writable_folder(name: str) -> Path:

@@ -17,6 +17,7 @@ from osp_fast.config import Recipe
 from osp_fast.data.decode import read_video
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT, DiTConfig
+from osp_fast.models.lora import merge_lora, save_lora
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.pipeline import NEGATIVE_PROMPT
 from osp_fast.sample import main, read_prompts
@@ -61,6 +62,16 @@ def models(tmp_path_factory):
     for part in ("model", "model_ema"):
         dit.save_pretrained(root / f"run/checkpoint-10/{part}", RECIPE)
     save_text_encoder(root / "text")
+    # Adapters of two products, which differ from run/'s recipe in nothing.
+    tensors = {}
+    for index, target in enumerate(("attn1.to_q", "attn2.to_out.0")):
+        name = f"base_model.model.transformer_blocks.{index}.{target}.lora_"
+        tensors |= {
+            f"{name}{kind}.weight": torch.randn(shape, generator=torch.Generator().manual_seed(2))
+            for kind, shape in (("A", (4, 48)), ("B", (48, 4)))
+        }
+    for part in ("lora", "lora_ema"):
+        save_lora(root / f"tuned/checkpoint-3/{part}", tensors, 4, 8.0, RECIPE)
     return root
 
 
@@ -224,6 +235,10 @@ def test_newest_checkpoint_of_a_run(flags, models, capsys):
         (dict(attention="flash"), "--attention flash needs an NVIDIA GPU, not the cpu"),
         (dict(attention="flashy"), "choose from auto, triton, sdpa, flash, reference"),
         (dict(num_sampling_steps=1), "--num_sampling_steps 1"),
+        (dict(lora="missing"), "missing does not exist: name a folder or a file of LoRA adapters"),
+        (dict(lora="empty.txt"), "empty.txt is not a .safetensors file"),
+        (dict(lora="tuned", prediction_type="epsilon"), "--prediction_type epsilon contradicts"),
+        (dict(model_path="tuned"), "holds LoRA adapters only: give --lora .*checkpoint-3/lora_ema"),
         (dict(sample_method="FlowMatchEulerDiscrete", model_path="run"), "rectified flow"),
         (dict(prediction_type="epsilon", model_path="run"), "contradicts the checkpoint's recipe"),
         (dict(text_prompt=["missing.txt"]), "missing.txt cannot be read"),
@@ -242,8 +257,7 @@ def test_mistakes_end_in_one_sentence(flags, models, tmp_path, monkeypatch, chan
     Path("empty.txt").write_text("\n \n")
     Path("binary.txt").write_bytes(b"\x89PNG\r\n\xff\xfe")
     Path("zeros.txt").write_bytes(b"a\0b")
-    if changes.get("model_path") == "run":
-        changes = {**changes, "model_path": models / "run"}
+    changes = {name: models / value if value in ("run", "tuned") else value for name, value in changes.items()}
     with pytest.raises(UserError, match=words):
         main(command_line(flags, **changes))
     assert not list(tmp_path.glob("**/*.mp4"))
@@ -307,6 +321,27 @@ def test_compile_reaches_every_block(flags, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
     run(flags, compile=True)
     assert compiled == ["Block", "Block"]
+
+
+def test_adapters_are_added_to_the_weights(flags, models, tmp_path, capsys):
+    sidecar, video = "DDIM_0_gs3.0_s2.json", "DDIM_0_gs3.0_s2.mp4"
+    base = DiT.from_pretrained(models / "dit")
+    merge_lora(base, models / "tuned/checkpoint-3/lora", 0.5).save_pretrained(tmp_path / "merged", RECIPE)
+    expected = (run(flags, model_path=tmp_path / "merged") / video).read_bytes()
+    for named in ("tuned", "tuned/checkpoint-3", "tuned/checkpoint-3/lora_ema"):
+        folder = run(flags, lora=models / named, lora_scale=0.5)
+        assert (folder / video).read_bytes() == expected
+        facts = json.loads((folder / sidecar).read_text())
+        assert facts["lora"] == str(models / "tuned/checkpoint-3/lora_ema/adapter_model.safetensors")
+        # How the adapters were trained is how their base is sampled with them.
+        assert [facts[name] for name in ("lora_scale", "lora_rank", "lora_alpha")] == [0.5, 4, 8.0]
+        assert facts["prediction_type"] == "v_prediction" and facts["rescale_betas_zero_snr"] is True
+    assert "the newest checkpoint is" in capsys.readouterr().err
+    DiT.create(CONFIG, seed=0).save_pretrained(tmp_path / "other", replace(RECIPE, prediction_type="epsilon"))
+    with pytest.raises(
+        UserError, match="says prediction_type v_prediction, but .*other/recipe.json, of the model, says"
+    ):
+        run(flags, model_path=tmp_path / "other", lora=models / "tuned")
 
 
 def test_a_wide_grid_is_shrunk_by_whole_pixels():
