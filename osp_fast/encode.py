@@ -6,7 +6,6 @@ nor the text encoder.
 """
 
 import gc
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from osp_fast.data.identity import Identities
 from osp_fast.data.latent_cache import SHARDS, LatentCache, shared_names
 from osp_fast.device import rank_device
 from osp_fast.errors import UserError, run_entry_point
+from osp_fast.parallel.world import Ranks
 from osp_fast.training.build import check_folders, load_text_encoder, load_vae, set_precision
 from osp_fast.training.cached import networks_of
 from osp_fast.training.guards import StopSignals
@@ -43,14 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def share_of_process() -> Share:
     """This process's part of the work, as torchrun's environment says. Raises `UserError`."""
-    try:
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        share = Share(rank, world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    except ValueError:
-        raise UserError("RANK and WORLD_SIZE must be whole numbers: start with torchrun, or unset them") from None
-    if not 0 <= share.rank < share.world:
-        raise UserError(f"RANK {share.rank} is not one of WORLD_SIZE {share.world}: start with torchrun, or unset them")
-    return share
+    ranks = Ranks.from_environment()
+    return Share(ranks.rank, ranks.size, ranks.local_size)
 
 
 def encode(config: TrainConfig, share: Share) -> int:

@@ -35,13 +35,12 @@ class Ranks:
     @classmethod
     def from_environment(cls) -> "Ranks":
         """As torchrun says; one process without it. Raises `UserError` if the variables contradict each other."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         try:
-            rank, size = (int(os.environ.get(name, default)) for name, default in zip(names, (0, 1), strict=False))
-            local = (int(os.environ.get(name, default)) for name, default in zip(names[2:], (rank, size), strict=True))
-            ranks = cls(rank, size, *local)
+            rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+            ranks = cls(rank, size, int(os.environ.get("LOCAL_RANK", rank % max(1, local_size))), local_size)
         except ValueError:
-            raise UserError(f"{', '.join(names)} must be whole numbers: start with torchrun, or unset them") from None
+            raise UserError("RANK and WORLD_SIZE must be whole numbers: start with torchrun, or unset them") from None
         if not (0 <= ranks.rank < ranks.size and 0 <= ranks.local_rank < ranks.local_size):
             raise UserError(
                 f"RANK {ranks.rank} is not one of WORLD_SIZE {ranks.size}: start with torchrun, or unset them"
