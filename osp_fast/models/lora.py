@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from osp_fast.config import Recipe
 from osp_fast.errors import UserError
 from osp_fast.models.dit import CHECKPOINT_NAMES, DiT
-from osp_fast.models.lora_files import CONFIG_FILE, LORA_A, LORA_B, PREFIX, Lora, load_lora, write_lora
+from osp_fast.models.lora_files import LORA_A, LORA_B, PREFIX, Lora, load_lora, write_lora
 from osp_fast.seeding import torch_generator
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
@@ -92,7 +92,7 @@ def fused_state(dit: DiT, folder: str | Path) -> dict[str, Tensor]:
     rank, scaling = layer.r[ADAPTER], layer.scaling[ADAPTER]
     if lora.rank != rank or lora.alpha / lora.rank != scaling:
         raise UserError(
-            f"{Path(folder) / CONFIG_FILE}: r is {lora.rank} and lora_alpha {lora.alpha:g}, but --lora_rank is {rank}"
+            f"{lora.file}: r is {lora.rank} and lora_alpha {lora.alpha:g}, but --lora_rank is {rank}"
             f" and --lora_alpha {scaling * rank:g}: give the flags that the adapters were trained with"
         )
     products, state = lora.products(), {}

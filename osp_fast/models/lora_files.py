@@ -29,10 +29,13 @@ NAME = re.compile(r"(?:base_model\.model\.)?(?:transformer\.)?([\w.]+)\.lora_([A
 MUST_BE_OFF = (
     "alora_invocation_tokens",
     "alpha_pattern",
+    "arrow_config",
     "fan_in_fan_out",
+    "kasa_config",
     "layer_replication",
     "lora_bias",
     "modules_to_save",
+    "monteclora_config",
     "rank_pattern",
     "target_parameters",
     "trainable_token_indices",
@@ -118,7 +121,7 @@ def load_lora(path: str | Path) -> Lora:
     for name, tensor in found.items():
         match = NAME.fullmatch(name)
         if match is None:
-            raise UserError(f"{file}: {name} is not the name of a LoRA tensor: use adapters of PEFT or diffusers")
+            raise UserError(f"{file}: {name!r} is not the name of a LoRA tensor: use adapters of PEFT or diffusers")
         ours = f"{PREFIX}{match[1]}.lora_{match[2]}.weight"
         if ours in tensors:
             raise UserError(f"{file}: {name} stands there twice, under two names: save the adapters again")
@@ -129,12 +132,11 @@ def load_lora(path: str | Path) -> Lora:
             raise UserError(f"{file}: {name} holds numbers that are not finite: use an earlier checkpoint's adapters")
         tensors[ours] = tensor
     rank = _check_pairs(file, tensors)
-    if config is not None:
-        alpha = _read_alpha(config, rank)
-    else:
-        alpha = _alpha_of_diffusers(file, metadata, rank)
-    recipe = read_recipe(config.parent) if config is not None else None
-    return Lora(tensors, rank, alpha, file, recipe)
+    if config is None:
+        values = _diffusers_config(file, metadata)
+        alpha = float(rank) if values is None else _read_alpha(f"{file}, lora_adapter_metadata", values, rank)
+        return Lora(tensors, rank, alpha, file, None)
+    return Lora(tensors, rank, _read_alpha(str(config), read_json(config), rank), file, read_recipe(file.parent))
 
 
 def agreed_recipe(base: Recipe | None, folder: Path, lora: Lora) -> Recipe | None:
@@ -199,43 +201,39 @@ def _check_pairs(file: Path, tensors: Mapping[str, Tensor]) -> int:
     return rank
 
 
-def _read_alpha(config: Path, rank: int) -> float:
-    values = read_json(config)
+def _diffusers_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """What diffusers has put of PEFT's configuration into a file's metadata; None if nothing."""
+    text = metadata.get("lora_adapter_metadata")
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: its lora_adapter_metadata are not a JSON object: save the adapters again")
+    return {"peft_type": "LORA", **{name.removeprefix("transformer."): value for name, value in values.items()}}
+
+
+def _read_alpha(place: str, values: Mapping[str, Any], rank: int) -> float:
+    """lora_alpha of a configuration. Raises `UserError` unless it is one of plain LoRA with this rank."""
     if values.get("peft_type") != "LORA":
-        raise UserError(f"{config}: peft_type is {values.get('peft_type')!r}, but only LORA is supported")
+        raise UserError(f"{place}: peft_type is {values.get('peft_type')!r}, but only LORA is supported")
     for name in MUST_BE_OFF:
         if values.get(name):
-            raise UserError(
-                f"{config}: {name} is {values[name]!r}, but only plain LoRA is supported: use other adapters"
-            )
+            raise UserError(f"{place}: {name} is {values[name]!r}, but only plain LoRA is read: use other adapters")
     start = values.get("init_lora_weights")
     if start not in PLAIN_STARTS:
         raise UserError(
-            f"{config}: init_lora_weights {start!r} goes with weights of the base that PEFT has changed: convert the"
+            f"{place}: init_lora_weights {start!r} goes with weights of the base that PEFT has changed: convert the"
             " adapters to plain LoRA"
         )
     if values.get("bias", "none") != "none":
-        raise UserError(f"{config}: bias is {values['bias']!r}, but only 'none' is supported: use other adapters")
+        raise UserError(f"{place}: bias is {values['bias']!r}, but only 'none' is supported: use other adapters")
     if values.get("r") != rank:
-        raise UserError(f"{config}: r is {values.get('r')!r}, but the tensors' rank is {rank}: restore the file")
-    return _checked_alpha(config, "lora_alpha", values.get("lora_alpha"))
-
-
-def _alpha_of_diffusers(file: Path, metadata: Mapping[str, str], rank: int) -> float:
-    """What diffusers' metadata say, else the rank."""
-    text = metadata.get("lora_adapter_metadata")
-    if text is None:
-        return float(rank)
-    try:
-        values = json.loads(text)
-        alpha = values.get("transformer.lora_alpha", rank)
-    except (ValueError, AttributeError, RecursionError):
-        raise UserError(f"{file}: its lora_adapter_metadata are not a JSON object: save the adapters again") from None
-    return _checked_alpha(file, "transformer.lora_alpha", alpha)
-
-
-def _checked_alpha(file: Path, name: str, value: Any) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value <= MAX_ALPHA:
-        raise UserError(f"{file}: {name} is {value!r}, not a number above 0 and up to {MAX_ALPHA:g}: restore the file")
-    return float(value)
+        raise UserError(f"{place}: r is {values.get('r')!r}, but the tensors' rank is {rank}: restore the file")
+    alpha = values.get("lora_alpha")
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not 0 < alpha <= MAX_ALPHA:
+        raise UserError(f"{place}: lora_alpha is {alpha!r}, not a number above 0 and up to {MAX_ALPHA:g}: restore it")
+    return float(alpha)

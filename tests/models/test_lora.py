@@ -203,8 +203,13 @@ def test_adapters_of_others_may_differ_in_a_and_leave_products_out(tmp_path):
     save_file(tensors, file, metadata=metadata)
     lora = load_lora(file)
     assert (lora.rank, lora.alpha, lora.recipe) == (4, 1.0, None)
+    for told, words in (('{"transformer.use_dora": true}', "use_dora is True"), ("[[1, 2]]", "not a JSON object")):
+        save_file(tensors, file, metadata={"lora_adapter_metadata": told})
+        with pytest.raises(UserError, match=words):
+            load_lora(file)
+    save_file(tensors, file)
     with pytest.raises(UserError, match=r"no adapter of transformer_blocks.0.attn1.to_q: resume from another"):
-        fused_state(add_lora(make_dit(), 4, 1.0, 0), tmp_path)
+        fused_state(add_lora(make_dit(), 4, 4.0, 0), tmp_path)
 
 
 def test_training_goes_on_bit_for_bit(saved, folder):
@@ -319,8 +324,8 @@ def hostile_header(header):
         (configure(rank_pattern={"to_q": 4}), "rank_pattern"),
         (configure(init_lora_weights="pissa"), "init_lora_weights 'pissa' goes with weights of the base"),
         (configure(bias="all"), "bias is 'all'"),
-        (tensors_changed(**{"../../etc/passwd": draw(2, 2)}), "passwd is not the name of a LoRA tensor"),
-        (tensors_changed(**{f"{Q0}.lora_magnitude_vector": draw(2)}), "lora_magnitude_vector is not the name"),
+        (tensors_changed(**{"../../etc/passwd": draw(2, 2)}), "passwd' is not the name of a LoRA tensor"),
+        (tensors_changed(**{f"{Q0}.lora_magnitude_vector": draw(2)}), "lora_magnitude_vector' is not the name"),
         (tensors_changed(**{f"{Q0[17:]}.lora_A.weight": draw(2, 24)}), "stands there twice"),
         (
             tensors_changed(**{f"{Q0}.lora_A.weight": draw(3, 24)}),
