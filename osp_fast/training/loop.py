@@ -86,7 +86,6 @@ class Trainer:
             limit=run.checkpoints_total_limit,
             keep_every=run.checkpoints_keep_every,
             background=run.async_save,
-            report=progress.message,
         )
         if checkpoint is not None:
             load_optimizer(checkpoint, optimizer, self.shards, world)
@@ -121,6 +120,7 @@ class Trainer:
             if self._is_logged(note.step):
                 interval = Interval()
             self._learn(due, metrics)
+            self._tell_fault(wait=False)
             if state.step % run.checkpointing_steps == 0:
                 self._learn(records.flush(), metrics)
                 self.save()
@@ -213,6 +213,7 @@ class Trainer:
         state = self.state
         if self.saver.saved is not None and self.saver.saved.name == f"checkpoint-{state.step}":
             return
+        self._tell_fault(wait=True)
         state.skipped, state.skipped_in_a_row = self.guard.skipped, self.guard.in_a_row
         state.ema_updates = self.update.ema.updates if self.update.ema is not None else 0
         snapshot = take_snapshot(
@@ -227,13 +228,18 @@ class Trainer:
         # While gradients are not finite the weights may be ruined already: keep every older checkpoint.
         self.saver.save(snapshot, prune=not self.guard.in_a_row)
 
+    def _tell_fault(self, wait: bool) -> None:
+        fault = self.saver.fault(wait)
+        if fault is not None:
+            self.progress.message(f"{fault}; training goes on")
+
     def finish(self) -> Path:
         """Save the present step and wait until it is written. Returns the checkpoint. Raises `UserError`."""
-        self.saver.wait()
+        self._tell_fault(wait=True)
         self.save()
-        fault = self.saver.wait()
+        fault = self.saver.fault()
         if fault is not None:
-            raise UserError(fault)
+            raise UserError(f"{fault}, go on from them with --resume_from_checkpoint latest")
         return self.saver.saved
 
 

@@ -100,9 +100,9 @@ def _model_files(dit: PretrainedModel, replaced: dict[str, Tensor], world: World
 class Saver:
     """Writes snapshots as checkpoints, in a thread if `background`; one at a time.
 
+    A checkpoint that cannot be written is a `fault`, no error: the older ones are as they were, and training goes on.
+
     limit, keep_every: which older ones stay, see `superfluous`
-    report: gets one sentence for a checkpoint that could not be written; training goes on then, and the older ones are
-        as they were
     """
 
     def __init__(
@@ -115,37 +115,35 @@ class Saver:
         limit: int | None = None,
         keep_every: int | None = None,
         background: bool = True,
-        report: Callable[[str], None],
     ):
         self._output_dir, self._dit, self._recipe, self._world = output_dir, dit, recipe, world
         self._limit, self._keep_every = limit, keep_every
-        self._background, self._report = background, report
+        self._background = background
         self._thread: threading.Thread | None = None
         self._fault: str | None = None
         self.saved: Path | None = None
         self.seconds = 0.0  # that the last one took to write
 
     def save(self, snapshot: Snapshot, prune: bool = True) -> None:
-        """Write a snapshot once the one before is written; all ranks must call it. prune: remove superfluous ones."""
-        self.wait()
+        """Write a snapshot; `fault` of the one before must have been asked for. prune: remove superfluous ones.
+
+        All ranks must call it.
+        """
         if not self._background:
             self._run(snapshot, prune)
-            self._tell()
             return
         self._thread = threading.Thread(target=self._run, args=(snapshot, prune), name="save", daemon=True)
         self._thread.start()
 
-    def wait(self) -> str | None:
-        """Wait until nothing is being written. Returns why the last one could not be written, None if it could."""
+    def fault(self, wait: bool = True) -> str | None:
+        """Why the last one could not be written, said once; None if it could, or is on its way and `wait` is false."""
         if self._thread is not None:
+            if self._thread.is_alive() and not wait:
+                return None
             self._thread.join()
             self._thread = None
-            self._tell()
-        return self._fault
-
-    def _tell(self) -> None:
-        if self._fault is not None:
-            self._report(self._fault)
+        fault, self._fault = self._fault, None
+        return fault
 
     def _run(self, snapshot: Snapshot, prune: bool) -> None:
         final = self._output_dir / f"checkpoint-{snapshot.state.step}"
@@ -161,7 +159,7 @@ class Saver:
         except _Fault as fault:
             self._fault = (
                 f"{final} could not be written ({fault}): make room or choose another --output_dir; the older"
-                " checkpoints are intact, resume with --resume_from_checkpoint latest"
+                " checkpoints are intact"
             )
             if self._world.is_first:
                 shutil.rmtree(writing, ignore_errors=True)

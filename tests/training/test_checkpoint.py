@@ -53,13 +53,11 @@ class Run:
             self.optimizer.step()
             self.ema.update(step)
 
-    def save(self, folder, step, limit=None, ema=True, background=False, told=None, keep_every=None):
-        """Save as training does. Returns the checkpoint, None if it could not be written."""
-        options = dict(limit=limit, keep_every=keep_every, background=background)
-        told = [] if told is None else told
-        saver = Saver(folder, self.dit, RECIPE, ALONE, **options, report=told.append)
+    def save(self, folder, step, limit=None, ema=True, background=False, keep_every=None):
+        """Save as training does. Returns the checkpoint, or why it could not be written."""
+        saver = Saver(folder, self.dit, RECIPE, ALONE, limit=limit, keep_every=keep_every, background=background)
         saver.save(self.snapshot(step, ema))
-        return None if saver.wait() else saver.saved
+        return saver.fault() or saver.saved
 
     def snapshot(self, step, ema=True):
         ema = self.ema if ema else None
@@ -119,9 +117,9 @@ def test_a_snapshot_does_not_change_with_the_run(tmp_path):
     with torch.no_grad():
         for tensor in (*run.dit.parameters(), *state_tensors(run.optimizer, run.shards).values()):
             tensor.fill_(7.0)
-    saver = Saver(tmp_path, run.dit, RECIPE, ALONE, report=print)
+    saver = Saver(tmp_path, run.dit, RECIPE, ALONE)
     saver.save(snapshot)
-    assert saver.wait() is None
+    assert saver.fault() is None
     assert all(torch.equal(t, kept[n]) for n, t in DiT.from_pretrained(saver.saved / "model").state_dict().items())
     load_optimizer(saver.saved, run.optimizer, run.shards, ALONE)
     assert all(torch.equal(t, moments[n]) for n, t in state_tensors(run.optimizer, run.shards).items())
@@ -189,9 +187,8 @@ def test_a_failed_write_leaves_the_older_ones_and_nothing_else(tmp_path, run, mo
             patched.setattr(saver_module.dcp, "save", failing_after(calls, None))
         else:
             patched.setattr(saver_module, function, failing_after(calls, getattr(saver_module, function)))
-        told = []
-        assert run.save(tmp_path, 2, limit=1, background=True, told=told) is None
-    assert len(told) == 1 and "checkpoint-2 could not be written (" in told[0] and "No space left" in told[0]
+        fault = run.save(tmp_path, 2, limit=1, background=True)
+    assert "checkpoint-2 could not be written (" in fault and "No space left" in fault
     assert names(tmp_path) == ["checkpoint-1"]
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert run.save(tmp_path, 3, limit=1) == tmp_path / "checkpoint-3"

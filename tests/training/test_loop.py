@@ -244,3 +244,16 @@ def test_data_that_is_broken_from_the_start_saves_nothing(config, train):
     with pytest.raises(UserError, match="^no clip can be decoded$"):
         train(config, until=8, batches=none())
     assert not list(Path(config.run.output_dir).glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(config, train, monkeypatch, background):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    config.run.async_save = background
+    train(config, 4)
+    monkeypatch.setattr("osp_fast.training.saver.write_state", full)
+    with pytest.raises(UserError, match=r"checkpoint-6 could not be written .*go on from them with --resume"):
+        train(copy.deepcopy(config), 6, Path(config.run.output_dir) / "checkpoint-4")
+    assert checkpoints(config) == ["checkpoint-4"] and len(history(config)) == 6
