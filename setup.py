@@ -34,10 +34,12 @@ setup(
         "beautifulsoup4",
         "tensorboard",
         "tqdm",
+        "nvidia-ml-py",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff"],
-        "8bit": ["torchao"],
+        "test": ["pytest", "hypothesis", "ruff", "peft"],
+        "lora": ["peft"],
+        "optimizers": ["torchao"],
         "flash": ["flash-attn"],
     },
 )

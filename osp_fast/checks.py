@@ -56,7 +56,17 @@ def check_train(config: TrainConfig) -> list[str]:
         notices.append("--train_sp_batch_size has no effect with --sp_size 1; --train_batch_size counts")
     if data.cache_variants != 1 and data.latent_cache is None:
         notices.append("--cache_variants has no effect without --latent_cache")
-    if run.resume_from_checkpoint and config.model.pretrained:
+    if config.model.lora_rank is not None and not config.model.pretrained:
+        raise UserError("--lora_rank adapts trained weights: name their folder with --pretrained")
+    if run.validation_prompt and run.validation_steps is None:
+        notices.append("--validation_prompt has no effect without --validation_steps")
+    if run.checkpoints_keep_every is not None and run.checkpoints_total_limit is None:
+        notices.append("--checkpoints_keep_every has no effect without --checkpoints_total_limit: all stay")
+    if config.model.lora_alpha is not None and config.model.lora_rank is None:
+        notices.append("--lora_alpha has no effect without --lora_rank")
+    if config.optimizer.tokens_per_batch is not None and not data.group_data:
+        raise UserError("--tokens_per_batch counts the tokens of clips of one size: add --group_data")
+    if run.resume_from_checkpoint and config.model.pretrained and config.model.lora_rank is None:
         notices.append("--resume_from_checkpoint overrides --pretrained when a checkpoint is found")
     return notices
 
@@ -111,10 +121,13 @@ def check_sample(config: SampleConfig) -> list[str]:
     for flag, size in (("--height", config.height), ("--width", config.width)):
         if size is not None:  # what the checkpoint was trained on may ask for more: see `with_recipe`
             check_multiple(flag, size, PIXEL_STEP)
+    notices = []
     flow = config.sample_method == "FlowMatchEulerDiscrete"
     if flow and (config.prediction_type or config.rescale_betas_zero_snr):
-        return ["--prediction_type and --rescale_betas_zero_snr have no effect with FlowMatchEulerDiscrete"]
-    return []
+        notices.append("--prediction_type and --rescale_betas_zero_snr have no effect with FlowMatchEulerDiscrete")
+    if config.lora is None and config.lora_scale != SampleConfig.lora_scale:
+        notices.append("--lora_scale has no effect without --lora")
+    return notices
 
 
 def with_recipe(config: SampleConfig, recipe: Recipe | None) -> SampleConfig:

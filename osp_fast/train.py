@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from osp_fast.diffusion.schedule import DiffusionObjective
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.models.attention_backends import resolve_attention
 from osp_fast.models.dit import DiT
+from osp_fast.models.text_encoder import TextEncoder
+from osp_fast.models.wfvae import WFVAE
 from osp_fast.parallel.apply import shard_dit
 from osp_fast.parallel.mesh import make_mesh
 from osp_fast.parallel.world import World, open_world
@@ -46,6 +49,7 @@ from osp_fast.training.place import BatchSizes, batch_sizes, plan_summary, start
 from osp_fast.training.prepare import BatchFeed, BatchMaker
 from osp_fast.training.state import TrainerState
 from osp_fast.training.step import DenoisingLoss
+from osp_fast.validation import ValidationSampler, add_to_board
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,9 +123,14 @@ def run_steps(
     objective = DiffusionObjective(config.diffusion, device)
     loss = DenoisingLoss(dit, objective, bf16=compute_dtype(config.model) == torch.bfloat16)
     progress = Progress(total_steps, first=state.step, quiet=not world.is_first)
-    with world.together():
-        trainer = Trainer(config, world, loss, state, checkpoint, total_steps, progress, cpu_mesh)
+    continued = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    metrics = MetricsLog(run, state.step if continued else 0, progress.message) if world.is_first else None
     stop = StopSignals()
+    with world.together():
+        validate = None
+        if run.validation_steps is not None:
+            validate = validation(config, world, plan, vae, text_encoder, metrics, progress, stop)
+        trainer = Trainer(config, world, loss, state, checkpoint, total_steps, progress, cpu_mesh, validate)
     loader = ClipLoader(
         plan,
         config.data,
@@ -138,10 +147,8 @@ def run_steps(
         # With others about, all decide together, before a step.
         stopped=lambda: world.alone and stop.received is not None,
     )
-    maker = BatchMaker(vae, text_encoder, objective, config, device)
+    maker = BatchMaker(vae, text_encoder, objective, config, device, tell)
     feed = BatchFeed(loader, maker, state.step, sizes.accumulation)
-    continued = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
-    metrics = MetricsLog(run, state.step if continued else 0, progress.message) if world.is_first else None
     try:
         with stop:
             last = trainer.run(feed, metrics, stop)
@@ -161,6 +168,31 @@ def run_steps(
         return stop.exit_code
     tell(f"trained {state.step} steps: {last}\nsample from it: {sample_command(config, plan, last)}")
     return 0
+
+
+def validation(
+    config: TrainConfig,
+    world: World,
+    plan: Plan,
+    vae: WFVAE,
+    text_encoder: TextEncoder | None,
+    metrics: MetricsLog | None,
+    progress: Progress,
+    stop: StopSignals,
+) -> ValidationSampler:
+    """What samples for `--validation_steps`; the first rank writes. Raises `UserError`."""
+    board = metrics.board if metrics is not None else None
+    return ValidationSampler(
+        config,
+        plan,
+        world.device,
+        vae,
+        text_encoder,
+        writes=world.is_first,
+        report=progress.message,
+        on_clip=partial(add_to_board, board) if board is not None else lambda *clip: None,
+        stopped=lambda: world.greatest(stop.received or 0)[0] > 0,
+    )
 
 
 def spread(dit: DiT, config: TrainConfig, world: World) -> DeviceMesh | None:
@@ -196,7 +228,11 @@ def sample_command(config: TrainConfig, plan: Plan, checkpoint: Path) -> str:
     bucket = max(plan.buckets, key=lambda bucket: len(plan.buckets[bucket]))
     caption = plan.clips[plan.buckets[bucket][0]].entry.captions[0]
     words = ["python", "-m", "osp_fast.sample"]
-    words += ["--model_path", str(checkpoint / ("model_ema" if config.run.use_ema else "model"))]
+    suffix = "_ema" if config.run.use_ema else ""
+    if config.model.lora_rank is None:
+        words += ["--model_path", str(checkpoint / f"model{suffix}")]
+    else:
+        words += ["--model_path", str(config.model.pretrained), "--lora", str(checkpoint / f"lora{suffix}")]
     if config.run.preset is not None:
         words += ["--preset", config.run.preset]
     else:

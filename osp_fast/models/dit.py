@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from osp_fast.kernels.adaln import gate_residual, gate_residual_norm_modulate, norm_modulate
 from osp_fast.kernels.rope3d import Rope3D, make_rope3d
@@ -160,7 +160,9 @@ class Block(nn.Module):
         arguments = (x, pending, time, rope, tokens, text, text_tokens)
         if self.recompute is None or not torch.is_grad_enabled():
             return self._forward(*arguments, finish=False)
-        options = dict(use_reentrant=False, preserve_rng_state=False, context_fn=self.recompute)
+        options = dict(use_reentrant=False, preserve_rng_state=False)
+        if self.recompute is not noop_context_fn:  # the default, which torch.compile takes only unsaid
+            options["context_fn"] = self.recompute
         return checkpoint(self._forward, *arguments, True, **options)
 
     def _forward(

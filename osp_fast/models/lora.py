@@ -55,6 +55,17 @@ def product_places(dit: DiT) -> list[str]:
     return [f"transformer_blocks.{i}.{part}" for i in range(dit.config.num_layers) for part in CHECKPOINT_NAMES]
 
 
+def has_lora(dit: DiT) -> bool:
+    """Whether a DiT has adapters."""
+    return hasattr(dit.get_submodule(product_places(dit)[0]), "lora_A")
+
+
+def lora_size(dit: DiT) -> tuple[int, float]:
+    """Rank and alpha of a DiT's adapters."""
+    layer = dit.get_submodule(product_places(dit)[0])
+    return layer.r[ADAPTER], layer.scaling[ADAPTER] * layer.r[ADAPTER]
+
+
 def lora_state(dit: DiT, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The adapters under their names in files: of the DiT, or of `state`, which has its names (such as an average).
 
@@ -88,12 +99,11 @@ def fused_state(dit: DiT, folder: str | Path) -> dict[str, Tensor]:
         UserError: a file is missing or damaged, or they are not adapters of such a DiT with such a rank and alpha.
     """
     lora, fix = load_lora(folder), "resume from another checkpoint"
-    layer = dit.get_submodule(product_places(dit)[0])
-    rank, scaling = layer.r[ADAPTER], layer.scaling[ADAPTER]
-    if lora.rank != rank or lora.alpha / lora.rank != scaling:
+    rank, alpha = lora_size(dit)
+    if (lora.rank, lora.alpha) != (rank, alpha):
         raise UserError(
             f"{lora.file}: r is {lora.rank} and lora_alpha {lora.alpha:g}, but --lora_rank is {rank}"
-            f" and --lora_alpha {scaling * rank:g}: give the flags that the adapters were trained with"
+            f" and --lora_alpha {alpha:g}: give the flags that the adapters were trained with"
         )
     products, state = lora.products(), {}
     for place in product_places(dit):

@@ -14,6 +14,7 @@ from osp_fast.config import ModelConfig, TrainConfig
 from osp_fast.device import memory_allowance
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DIT_CONFIGS, DiT, DiTConfig
+from osp_fast.models.lora import add_lora, restore_lora
 from osp_fast.models.text_encoder import TextEncoder, TextEncoderFacts, find_folder, read_facts
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.models.wfvae_plan import Planner
@@ -68,20 +69,33 @@ def check_folders(model: ModelConfig) -> None:
 def build_dit(config: TrainConfig, checkpoint: Path | None, device: torch.device) -> DiT:
     """The DiT to train, float32: from a checkpoint's `model`, else from `--pretrained`, else fresh by `--seed`.
 
+    With `--lora_rank` its weights are those of `--pretrained` and stay, and adapters train, from a checkpoint's `lora`
+    or fresh.
+
     Raises:
         UserError: the folder does not hold the architecture that `--model` names, or does not load strictly; or
             `--attention` cannot serve it.
     """
     model = config.model
     overrides = {name: getattr(model, name) for name in OVERRIDES if getattr(model, name) is not None}
-    folder = checkpoint / "model" if checkpoint is not None else model.pretrained
+    adapts = model.lora_rank is not None
+    folder = checkpoint / "model" if checkpoint is not None and not adapts else model.pretrained
     if folder is None:
         dit = DiT.create(replace(DIT_CONFIGS[model.model], **overrides), config.run.seed, device)
     else:
         _check_architecture(Path(folder), model)
         dit = load_trainable(Path(folder), device, **overrides)
+    if adapts:
+        add_lora(dit, model.lora_rank, lora_alpha(model), config.run.seed)
+        if checkpoint is not None:
+            restore_lora(dit, checkpoint / "lora")
     dit.recompute_blocks(noop_context_fn if model.gradient_checkpointing else None)
     return dit.use_attention(model.attention, device, compute_dtype(model)).train()
+
+
+def lora_alpha(model: ModelConfig) -> float:
+    """LoRA's alpha: `--lora_alpha`, or the rank, which makes the scale 1."""
+    return float(model.lora_rank if model.lora_alpha is None else model.lora_alpha)
 
 
 def load_trainable(folder: Path, device: torch.device | str = "cpu", **overrides: Any) -> DiT:

@@ -2,6 +2,7 @@
 
     checkpoint-N/model/               the weights, a model folder that sampling and --pretrained take
     checkpoint-N/model_ema/           the average, if there is one, likewise
+    checkpoint-N/lora/, lora_ema/     in their place where LoRA adapters are trained, folders that --lora takes
     checkpoint-N/optimizer/           the optimizer's state: a distributed checkpoint, a safetensors file for each rank
     checkpoint-N/trainer_state.json
     checkpoint-N/SHA256SUMS           what the files must be

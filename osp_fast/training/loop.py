@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from osp_fast.config import TrainConfig
 from osp_fast.data.dataset import StepBatch
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
+from osp_fast.models.lora import fused_state, has_lora
 from osp_fast.parallel.shards import LocalShards
 from osp_fast.parallel.world import World
 from osp_fast.progress import Progress
@@ -51,6 +53,7 @@ class Trainer:
         checkpoint: the folder to go on from, whose state is `state`; its `model` is already in the DiT.
         total_steps: optimizer steps of the whole run.
         cpu_mesh: the same ranks as CPUs; None in a run of one process.
+        validate: what `--validation_steps` asks for, given the DiT and the steps done; all ranks call it together.
 
     Raises:
         UserError: the checkpoint's tensors do not load strictly.
@@ -66,11 +69,12 @@ class Trainer:
         total_steps: int,
         progress: Progress,
         cpu_mesh: DeviceMesh | None = None,
+        validate: Callable[[DiT, int], object] | None = None,
     ):
         run = config.run
         self.config, self.world, self.loss, self.state, self.progress = config, world, loss, state, progress
         self.total_steps = total_steps
-        self._cpu_mesh = cpu_mesh
+        self._cpu_mesh, self._validate = cpu_mesh, validate
         self.shards = LocalShards(loss.dit)
         optimizer = build_optimizer(self.shards.local, config.optimizer)
         ema = EMA(self.shards, run.ema_decay, run.ema_start_step, run.offload_ema) if run.use_ema else None
@@ -91,7 +95,7 @@ class Trainer:
             load_optimizer(checkpoint, optimizer, self.shards, world)
             # Without updates there is either no average in the checkpoint, or one that equals the weights.
             if ema is not None and state.ema_updates > 0:
-                ema.load(DiT.from_pretrained(checkpoint / "model_ema").state_dict(), state.ema_updates)
+                ema.load(_saved_average(checkpoint, loss.dit), state.ema_updates)
             self.saver.saved = checkpoint
 
     def run(
@@ -124,6 +128,9 @@ class Trainer:
             if state.step % run.checkpointing_steps == 0:
                 self._learn(records.flush(), metrics)
                 self.save()
+            if self._validate is not None and state.step % run.validation_steps == 0:
+                self._learn(records.flush(), metrics)
+                self.validate()
         self._learn(records.flush(), metrics)
         if state.step < self.total_steps and word == FAULT:
             self._give_up(fault, saves=state.step > started_at)
@@ -228,6 +235,12 @@ class Trainer:
         # While gradients are not finite the weights may be ruined already: keep every older checkpoint.
         self.saver.save(snapshot, prune=not self.guard.in_a_row)
 
+    def validate(self) -> None:
+        """Show what the model can do: with the average, if there is one, as sampling will use it."""
+        ema = self.update.ema
+        with nullcontext() if ema is None else ema.in_place_of_weights():
+            self._validate(self.loss.dit, self.state.step)
+
     def _tell_fault(self, wait: bool) -> None:
         fault = self.saver.fault(wait)
         if fault is not None:
@@ -241,6 +254,13 @@ class Trainer:
         if fault is not None:
             raise UserError(f"{fault}, go on from them with --resume_from_checkpoint latest")
         return self.saver.saved
+
+
+def _saved_average(checkpoint: Path, dit: DiT) -> dict[str, Tensor]:
+    """The average in a checkpoint, whole tensors by parameter name. Raises `UserError`."""
+    if has_lora(dit):
+        return fused_state(dit, checkpoint / "lora_ema")
+    return DiT.from_pretrained(checkpoint / "model_ema").state_dict()
 
 
 def blamed_clips(batch: StepBatch, losses: Sequence[float], any_blamed: bool) -> list[dict]:

@@ -86,6 +86,11 @@ class MetricsLog:
             self._report(f"TensorBoard's file cannot be written ({error}): this run goes on without it")
             self._board = None
 
+    @property
+    def board(self) -> Any:
+        """TensorBoard's writer, None without one."""
+        return self._board
+
     def close(self) -> None:
         """Close both; TensorBoard writes what it still holds."""
         self._write_waiting()

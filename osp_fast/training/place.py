@@ -85,7 +85,7 @@ def starting_point(
         )
     state = read_state(checkpoint / STATE_FILE)
     notify(f"going on from {checkpoint}: step {state.step}, epoch {state.epoch}, batch {state.batch}")
-    if config.model.pretrained is not None:
+    if config.model.pretrained is not None and config.model.lora_rank is None:
         notify(f"--pretrained {config.model.pretrained} is not used: --resume_from_checkpoint overrides it")
     for notice in check_resume(state, config, sizes.by_name(), fingerprint, str(checkpoint)):
         notify(f"note: {notice}")

@@ -7,10 +7,9 @@ Shape suffixes as in `step.py`.
 """
 
 import queue
-import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,7 @@ class BatchMaker:
     """Callable: clips, the step's number and its number of clips -> a micro-batch on `device`.
 
     The VAE and the text encoder run without gradients, in the dtype that they were loaded in. Clips from a latent cache
-    need no text encoder, and of the VAE only its scale and shift.
+    need no text encoder, and of the VAE only its scale and shift. report: gets a line for each plan of the VAE's work.
     """
 
     def __init__(
@@ -44,6 +43,7 @@ class BatchMaker:
         objective: DiffusionObjective,
         config: TrainConfig,
         device: torch.device,
+        report: Callable[[str], None] = lambda line: None,
     ):
         self.vae = vae
         self.text_encoder = text_encoder
@@ -52,7 +52,7 @@ class BatchMaker:
         self._seed = config.run.seed
         self._noise_offset = config.diffusion.noise_offset
         self._max_length = config.model.model_max_length
-        self._plan = vae_planner(vae, config.model, device, lambda line: print(line, file=sys.stderr, flush=True))
+        self._plan = vae_planner(vae, config.model, device, report)
 
     @torch.no_grad()
     def __call__(self, clips: Sequence[LoadedClip], step: int, slots: int) -> MicroBatch:

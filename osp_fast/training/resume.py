@@ -116,9 +116,10 @@ def check_resume(
                 f" micro-batch times --gradient_accumulation_steps times GPUs), not {clips}, and so the order of clips"
                 f" would be another: choose the three so that their product is the same; {start_anew}"
             )
+    on_purpose = ON_PURPOSE if now["model.lora_rank"] is None else ("model.pretrained", *ON_PURPOSE)
     return [
         f"{_flag(field)} is {now[field]}; {name} was trained with {was[field]}"
-        for field in ON_PURPOSE
+        for field in on_purpose
         if was[field] != now[field]
     ]
 

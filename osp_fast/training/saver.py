@@ -19,7 +19,9 @@ from torch.optim import Optimizer
 
 from osp_fast.config import Recipe
 from osp_fast.files import sync
-from osp_fast.models.weights import SHARD_BYTES, PretrainedModel, plan_files, write_index, write_weights_file
+from osp_fast.models.dit import DiT
+from osp_fast.models.lora import has_lora, lora_size, lora_state, save_lora
+from osp_fast.models.weights import SHARD_BYTES, plan_files, write_index, write_weights_file
 from osp_fast.parallel.shards import LocalShards, gather_state, on_cpu
 from osp_fast.parallel.world import World
 from osp_fast.training.checkpoint import (
@@ -52,18 +54,19 @@ class ModelFiles:
 class Snapshot:
     """What this rank writes of a checkpoint, in CPU memory: nothing in it changes any more.
 
-    models: by the folder's name; optimizer: as a distributed checkpoint takes it
+    models, adapters: by the folder's name; optimizer: as a distributed checkpoint takes it
     """
 
     state: TrainerState
     models: dict[str, ModelFiles]
+    adapters: dict[str, dict[str, Tensor]]
     optimizer: dict[str, Tensor]
 
 
 @torch.no_grad()
 def take_snapshot(
     state: TrainerState,
-    dit: PretrainedModel,
+    dit: DiT,
     shards: LocalShards,
     optimizer: Optimizer,
     ema: EMA | None,
@@ -71,14 +74,25 @@ def take_snapshot(
     cpu_mesh: DeviceMesh | None,
 ) -> Snapshot:
     """Copy all that a checkpoint holds; all ranks must call it. The GPU has finished the step when it returns."""
-    models = {"model": _model_files(dit, {}, world)}
-    if ema is not None:
-        models["model_ema"] = _model_files(dit, ema.named_average(), world)
+    sources = {"": {}} if ema is None else {"": {}, "_ema": ema.named_average()}
+    models, adapters = {}, {}
+    for suffix, replaced in sources.items():
+        if has_lora(dit):
+            adapters[f"lora{suffix}"] = _adapters(dit, shards, replaced, world)
+        else:
+            models[f"model{suffix}"] = _model_files(dit, replaced, world)
     tensors = {"step": step_tensors(optimizer)[0], **state_tensors(optimizer, shards)}
-    return Snapshot(state, models, {name: on_cpu(tensor, cpu_mesh) for name, tensor in tensors.items()})
+    return Snapshot(state, models, adapters, {name: on_cpu(tensor, cpu_mesh) for name, tensor in tensors.items()})
 
 
-def _model_files(dit: PretrainedModel, replaced: dict[str, Tensor], world: World) -> ModelFiles:
+def _adapters(dit: DiT, shards: LocalShards, replaced: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """What the first rank writes of adapters; the others help to gather it and write nothing."""
+    spread = {name: shards.like(shards.names.index(name), local) for name, local in replaced.items()}
+    tensors = lora_state(dit, spread or None)
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()} if world.is_first else {}
+
+
+def _model_files(dit: DiT, replaced: dict[str, Tensor], world: World) -> ModelFiles:
     meta = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in dit.state_dict().items()}
     shapes = dit.to_checkpoint(meta)
     total = sum(tensor.nbytes for tensor in shapes.values())
@@ -108,7 +122,7 @@ class Saver:
     def __init__(
         self,
         output_dir: Path,
-        dit: PretrainedModel,
+        dit: DiT,
         recipe: Recipe,
         world: World,
         *,
@@ -191,7 +205,7 @@ class Saver:
         if self._world.is_first:
             with suppress(FileNotFoundError):
                 shutil.rmtree(writing)
-            for name in (*snapshot.models, OPTIMIZER_FOLDER):
+            for name in (*snapshot.models, *snapshot.adapters, OPTIMIZER_FOLDER):
                 (writing / name).mkdir(parents=True)
 
     def _write_models(self, snapshot: Snapshot, writing: Path) -> None:
@@ -201,6 +215,9 @@ class Saver:
             if self._world.is_first:
                 self._dit.save_config(writing / name, self._recipe)
                 write_index(writing / name, model.weight_map, model.total_size)
+        if self._world.is_first:
+            for name, adapters in snapshot.adapters.items():
+                save_lora(writing / name, adapters, *lora_size(self._dit), self._recipe)
 
     def _write_optimizer(self, snapshot: Snapshot, writing: Path) -> None:
         with warnings.catch_warnings():

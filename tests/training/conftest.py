@@ -1,5 +1,6 @@
 """A model of a few thousand weights with the golden VAE, and clips that need no files."""
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def make_loss(vae) -> Callable[..., ClipLoss]:
                 parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch_generator("weights", name))
         config, cpu = config or TrainConfig(), torch.device("cpu")
         objective = DiffusionObjective(config.diffusion, cpu)
-        maker = BatchMaker(vae, Words(), objective, config, cpu)
+        maker = BatchMaker(vae, Words(), objective, config, cpu, lambda line: print(line, file=sys.stderr))
         return ClipLoss(maker, DenoisingLoss(dit, objective, bf16=config.model.mixed_precision == "bf16"))
 
     return make
