@@ -1,0 +1,1 @@
+"""What makes a step fast: what is kept for backward, what is compiled and captured, and what a step should cost."""
