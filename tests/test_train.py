@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ SPEC = importlib.util.spec_from_file_location("small_run", SCRIPT)
 small = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(small)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TIMINGS = ("s_per_step", "data_wait_s", "time")
+TIMINGS = ("s_per_step", "data_wait_s", "tokens_per_s", "model_tflops", "time")
 
 
 @pytest.fixture(scope="module")
@@ -289,3 +290,20 @@ def test_a_wrong_environment_is_named(train, monkeypatch, environment, words):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
         train()
+
+
+def test_a_slow_reader_is_waited_for_and_told(train, monkeypatch):
+    from osp_fast.data.dataset import ClipLoader
+
+    honest = ClipLoader._clip
+
+    def slowly(self, *arguments):
+        time.sleep(0.2)
+        return honest(self, *arguments)
+
+    monkeypatch.setattr(ClipLoader, "_clip", slowly)
+    output, printed = train(dataloader_num_workers=1, max_train_steps=6)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["data_wait_s"] for line in lines) > 0.5 * sum(line["s_per_step"] for line in lines)
+    assert all(line["tokens_per_s"] > 0 and line["model_tflops"] > 0 for line in lines)
+    assert re.search(r"step 6/6: loss .*, [3-9]\d% waiting for data", printed)

@@ -24,6 +24,7 @@ from osp_fast.training.ema import EMA
 from osp_fast.training.guards import NonFiniteGuard, StopSignals, note_skipped
 from osp_fast.training.metrics import MetricsLog
 from osp_fast.training.optimizer import build_optimizer, learning_rate_rule, set_learning_rate
+from osp_fast.training.pace import Pace
 from osp_fast.training.records import Record, Records
 from osp_fast.training.saver import Saver, take_snapshot
 from osp_fast.training.state import TrainerState, recipe_of
@@ -40,8 +41,7 @@ class StepNote:
     step: int
     batch: StepBatch
     learning_rate: float
-    seconds_per_step: float
-    wait_per_step: float
+    pace: dict[str, float]
 
 
 class Trainer:
@@ -80,6 +80,7 @@ class Trainer:
         ema = EMA(self.shards, run.ema_decay, run.ema_start_step, run.offload_ema) if run.use_ema else None
         copies = world.size // (run.shard_size or world.size)
         self.update = Update(self.shards, optimizer, ema, world, config.optimizer.max_grad_norm, copies)
+        self.pace = Pace(loss.dit.config, config.model.lora_rank, world.device, world.size)
         self.learning_rate = learning_rate_rule(config.optimizer, total_steps)
         self.guard = NonFiniteGuard(config.optimizer.max_skipped_steps, state.skipped, state.skipped_in_a_row)
         self.saver = Saver(
@@ -108,7 +109,7 @@ class Trainer:
                 had; in the last case the steps until there are saved.
         """
         run, state = self.config.run, self.state
-        interval, records = Interval(), Records(self.world.device)
+        records = Records(self.world.device)
         batches, started_at = iter(batches), state.step
         while state.step < self.total_steps:
             started = time.monotonic()
@@ -116,13 +117,13 @@ class Trainer:
             if word != GO:
                 break
             batch, made = item
-            note = StepNote(state.step + 1, batch, self.learning_rate(state.step), 0.0, 0.0)
+            note = StepNote(state.step + 1, batch, self.learning_rate(state.step), {})
             due = records.put(note, self.step(made, note.learning_rate))
             self._advance(batch)
-            interval.add(time.monotonic() - started, batch.wait_s)
-            note.seconds_per_step, note.wait_per_step = interval.seconds_per_step, interval.wait_per_step
+            self.pace.add(made, time.monotonic() - started, batch.wait_s)
+            note.pace.update(self.pace.facts())
             if self._is_logged(note.step):
-                interval = Interval()
+                self.pace.restart()
             self._learn(due, metrics)
             self._tell_fault(wait=False)
             if state.step % run.checkpointing_steps == 0:
@@ -184,8 +185,10 @@ class Trainer:
                 self._skipped(note, norm, blamed_clips(note.batch, clip_losses, any_blamed=not_finite > 0))
             else:
                 self.guard.finite()
-            seconds, wait = note.seconds_per_step, note.wait_per_step
+            seconds, wait = note.pace["s_per_step"], note.pace["data_wait_s"]
             facts = f"loss {loss:.4f}, {seconds:.2f} s/step, {wait / seconds:.0%} waiting for data"
+            if "mfu" in note.pace:
+                facts += f", {note.pace['mfu']:.1%} MFU"
             self.progress.show(note.step, f"step {note.step}/{self.total_steps}", facts)
             if self._is_logged(note.step) and self.world.is_first:
                 metrics.write(
@@ -195,8 +198,7 @@ class Trainer:
                         loss=loss,
                         lr=note.learning_rate,
                         grad_norm=norm,
-                        s_per_step=seconds,
-                        data_wait_s=wait,
+                        **note.pace,
                         skipped=self.guard.skipped,
                         samples_seen=self.state.samples_seen,
                         time=time.time(),
@@ -269,28 +271,3 @@ def blamed_clips(batch: StepBatch, losses: Sequence[float], any_blamed: bool) ->
     if not any_blamed:
         blamed = list(zip(batch.clips, losses, strict=True))
     return [dict(path=str(clip.path), clip_index=clip.clip_index, slot=clip.slot, loss=loss) for clip, loss in blamed]
-
-
-class Interval:
-    """The time of the steps since the last log entry, without that of checkpoints."""
-
-    def __init__(self) -> None:
-        self._steps = 0
-        self._seconds = 0.0
-        self._wait_s = 0.0
-
-    def add(self, seconds: float, wait_s: float) -> None:
-        """A step took `seconds`, `wait_s` of which it waited for its data."""
-        self._steps += 1
-        self._seconds += seconds
-        self._wait_s += wait_s
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Mean seconds of a step."""
-        return self._seconds / self._steps
-
-    @property
-    def wait_per_step(self) -> float:
-        """Mean seconds that a step waited for its data."""
-        return self._wait_s / self._steps
