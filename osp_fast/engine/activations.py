@@ -19,9 +19,10 @@ from osp_fast.engine.cost import (
     tokens_of,
 )
 from osp_fast.engine.devices import H100, DeviceModel
-from osp_fast.engine.levels import Level, has_adapters
+from osp_fast.engine.levels import Level
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT, DiTConfig
+from osp_fast.models.lora import has_lora
 from osp_fast.models.wfvae_plan import gib
 
 
@@ -69,14 +70,15 @@ class ActivationPlan:
 
         To be called when it has its adapters, if any, and before it is compiled and sharded.
         """
-        adapters = has_adapters(dit)
-        return dit.recompute_blocks([level.recompute(adapters) for level in self.levels])
+        return dit.recompute_blocks([level.recompute(has_lora(dit)) for level in self.levels])
 
     def __str__(self) -> str:
         """One line for the log."""
-        counts = [(self.levels.count(level), level) for level in sorted(set(self.levels), reverse=True)]
-        parts = [f"{count} keep{'s' * (count == 1)} {level.words}" for count, level in counts]
-        parts[0] = parts[0].replace(" ", " blocks " if counts[0][0] > 1 else " block ", 1)
+        parts: list[str] = []
+        for level in sorted(set(self.levels), reverse=True):
+            count = self.levels.count(level)
+            noun = "" if parts else "block " if count == 1 else "blocks "
+            parts.append(f"{count} {noun}keep{'s' if count == 1 else ''} {level.words}")
         of_budget = "" if self.budget is None else f" of {gib(self.budget)}"
         line = f"activations: {gib(self.peak)}{of_budget}, {gib(self.kept)} kept for backward: {', '.join(parts)}"
         if self.recompute_flops:
@@ -97,10 +99,9 @@ def plan_activations(
         UserError: the budget does not even suffice where every block is recomputed.
     """
     cost = PlanCost(config, workload, device)
-    layers = config.num_layers
     if budget is None:
-        return cost.plan([Level.EVERYTHING] * layers, None)
-    levels = [Level.NOTHING] * layers
+        return cost.plan([Level.EVERYTHING] * config.num_layers, None)
+    levels = [Level.NOTHING] * config.num_layers
     least = cost.plan(levels, budget)
     if least.peak > budget:
         raise UserError(
@@ -116,6 +117,11 @@ def plan_activations(
         else:
             stuck.add(index)
     return cost.plan(levels, budget)
+
+
+def recompute_everything(config: DiTConfig, workload: Workload, device: DeviceModel = H100) -> ActivationPlan:
+    """The plan that takes the least memory (`--gradient_checkpointing`)."""
+    return PlanCost(config, workload, device).plan([Level.NOTHING] * config.num_layers, None)
 
 
 def most_demanding(config: DiTConfig, workloads: Sequence[Workload]) -> Workload:
@@ -140,7 +146,7 @@ class PlanCost:
         return ActivationPlan(tuple(blocks), sum(self._kept(levels)), self.peak(levels), budget)
 
     def recompute(self, mode: str, level: Level) -> tuple[int, float]:
-        """FLOPs that backward of such a block runs once more, and the seconds of these and of all that is not a product."""
+        """FLOPs that backward of such a block runs once more; seconds of these and of the passes beside them."""
         if level == Level.EVERYTHING:
             return 0, 0.0
         flops = block_flops(self.config, mode, self.workload)

@@ -13,6 +13,7 @@ Memory-bound passes over a tensor of (B, N, d), each a read or a write, in a blo
 
 A step is taken to be products + attention + passes + updates, one after the other, and what communication does not
 overlap with them. Not in it: VAE and text encoder, which run beside it on a stream of their own, and waits for data.
+The rates are those of 16-bit products.
 """
 
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def outer_flops(config: DiTConfig, workload: Workload) -> int:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one micro-batch. products, attention: forward; trained: whether weights train, and not adapters alone."""
+    """FLOPs of one micro-batch. products, attention: of forward; trained: whether weights train, or adapters alone."""
 
     products: int
     attention: int
@@ -152,17 +153,11 @@ def pass_bytes(config: DiTConfig, workload: Workload) -> int:
     return workload.clips * tokens_of(config, workload.latent_size) * config.width * workload.dtype.itemsize
 
 
-def product_rate(device: DeviceModel, dtype: torch.dtype) -> float:
-    """FLOP/s of products; float32 is taken at half the 16-bit rate, that of TF32."""
-    return device.matmul_flops * (1.0 if dtype.itemsize == 2 else 0.5)
-
-
 def recompute_seconds(
     config: DiTConfig, workload: Workload, device: DeviceModel, products: int, attention: int, passes: int
 ) -> float:
     """Of running these FLOPs and passes of a block's forward once more."""
-    slower = 1.0 if workload.dtype.itemsize == 2 else 0.5
-    seconds = products / product_rate(device, workload.dtype) + attention / (device.attention_forward * slower)
+    seconds = products / device.matmul_flops + attention / device.attention_forward
     return seconds + passes * pass_bytes(config, workload) / device.copy_bytes
 
 
@@ -205,22 +200,21 @@ class StepSeconds:
 def predict_step(
     config: DiTConfig, workload: Workload, sharding: Sharding, recompute: float, device: DeviceModel
 ) -> StepSeconds:
-    """Seconds of a step of `sharding.accumulation` such micro-batches; recompute: seconds of each (`ActivationPlan`)."""
+    """Seconds of a step of `sharding.accumulation` micro-batches; recompute: of each, `ActivationPlan` has them."""
     flops, times = step_flops(config, workload), sharding.accumulation
-    slower = 1.0 if workload.dtype.itemsize == 2 else 0.5
-    products = (3 if flops.trained else 2) * flops.products / product_rate(device, workload.dtype)
-    backward = ATTENTION_BACKWARD / device.attention_backward
-    attention = flops.attention * (1 / device.attention_forward + backward) / slower
-    moved = config.num_layers * (FORWARD_PASSES + BACKWARD_PASSES) * pass_bytes(config, workload)
-    moved += CAST_BYTES * sharding.trained * (workload.weight_dtype != workload.dtype)
-    memory_bound = moved / device.copy_bytes
+    forward_products = flops.products / device.matmul_flops
+    products = (3 if flops.trained else 2) * forward_products
+    forward_attention = flops.attention / device.attention_forward
+    attention = forward_attention + ATTENTION_BACKWARD * flops.attention / device.attention_backward
+    one_pass = config.num_layers * pass_bytes(config, workload) / device.copy_bytes
+    memory_bound = (FORWARD_PASSES + BACKWARD_PASSES) * one_pass
+    if workload.weight_dtype != workload.dtype:
+        memory_bound += CAST_BYTES * sharding.trained / device.copy_bytes
     update = sharding.local_trained * sharding.optimizer_bytes / device.copy_bytes
     update += sharding.local_trained * sharding.offloaded_bytes / device.host_bytes
-    forward = products / 3 if flops.trained else products / 2
-    forward += flops.attention / (device.attention_forward * slower)
-    forward += memory_bound * FORWARD_PASSES / (FORWARD_PASSES + BACKWARD_PASSES)
-    busy = products + attention + memory_bound + recompute
-    exposed = exposed_communication(config, sharding, workload.weight_dtype, forward, busy - forward, device)
+    forward = forward_products + forward_attention + FORWARD_PASSES * one_pass
+    backward = products + attention + memory_bound + recompute - forward
+    exposed = exposed_communication(config, sharding, workload.weight_dtype, forward, backward, device)
     return StepSeconds(products * times, attention * times, memory_bound * times, recompute * times, update, exposed)
 
 

@@ -1,9 +1,9 @@
 """How much of a block forward keeps for backward: five levels, each a context for `torch.utils.checkpoint`.
 
-What an output is worth keeping is the work that making it again takes, for each byte: of attention twice the keys that a
-token sees, of a product its inner dimension. Tokens of a long clip see tens of thousands of others, the feed-forward's
-second product sums over 4 d channels, all other products over d, and there are few hundred tokens of text. In this
-order the levels keep them.
+What an output is worth keeping is the work, for each of its bytes, that making it again takes: of attention twice the
+keys that a token sees, of a product its inner dimension. Tokens of a long clip see tens of thousands of others, the
+feed-forward's second product sums over 4 d channels, all other products over d, and tokens of text are a few hundred.
+The levels keep them in this order.
 
 Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models".
 """
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 import osp_fast.kernels.rope3d
 import osp_fast.kernels.skiparse_attention  # noqa: F401
-from osp_fast.models.dit import DiT, Recompute
+from osp_fast.models.dit import Recompute
 
 aten = torch.ops.aten
 # Attention as it is dispatched -> the axis of q and k that counts tokens.
@@ -64,7 +64,7 @@ class Level(IntEnum):
     def recompute(self, adapters: bool = False) -> Recompute | None:
         """For `DiT.recompute_blocks`: picklable, for eager and compiled blocks alike.
 
-        adapters: whether products have LoRA's beside them (`has_adapters`)
+        adapters: whether products have LoRA's beside them (`has_lora`)
         """
         return _WITH_ADAPTERS if adapters and self == Level.PRODUCTS else _RECOMPUTE[self]
 
@@ -105,11 +105,6 @@ def keep_products_with_adapters(ctx: Any, op: Any, *arguments: Any, **options: A
     """
     keeps = op in PRODUCTS and _narrows(op, arguments, by=1 / WIDENS)
     return _policy(keeps or _token_axis(op) is not None)
-
-
-def has_adapters(dit: DiT) -> bool:
-    """Whether a DiT's products have LoRA's adapters."""
-    return any(".lora_A." in name for name, _ in dit.named_parameters())
 
 
 def _policy(keep: bool) -> CheckpointPolicy:
