@@ -87,13 +87,19 @@ class ActivationPlan:
 
 
 def plan_activations(
-    config: DiTConfig, workload: Workload, budget: int | None, device: DeviceModel = H100
+    config: DiTConfig,
+    workload: Workload,
+    budget: int | None,
+    device: DeviceModel = H100,
+    source: str = "--activation_memory",
 ) -> ActivationPlan:
     """The plan for a run whose most demanding micro-batch is `workload` (`most_demanding`).
 
     One plan serves all of a run's buckets: what a block keeps is compiled into it.
 
-    budget: bytes; None: everything is kept; device: whose times are weighed, an H100's where they are not known
+    budget: bytes; None: everything is kept
+    device: whose times are weighed, an H100's where they are not known
+    source: where the budget comes from, for the error
 
     Raises:
         UserError: the budget does not even suffice where every block is recomputed.
@@ -105,9 +111,9 @@ def plan_activations(
     least = cost.plan(levels, budget)
     if least.peak > budget:
         raise UserError(
-            f"--activation_memory {gib(budget)} is too little for {workload.clips} x "
+            f"{source} {gib(budget)} is too little for {workload.clips} x "
             f"{'x'.join(map(str, workload.latent_size))} latent cells: {gib(least.peak)} are needed even where every"
-            " block is recomputed; give it more, or train with fewer clips at once or smaller ones"
+            " block is recomputed; give it more memory, or train with fewer clips at once or smaller ones"
         )
     stuck = set()
     for _, index, level in sorted(cost.upgrades(), key=lambda upgrade: -upgrade[0]):

@@ -57,7 +57,7 @@ class Footprint:
 def resolve_dit(config: TrainConfig) -> DiTConfig:
     """The architecture that a run trains. Raises `UserError` if the folder of `--pretrained` does not say."""
     model = config.model
-    base = DIT_CONFIGS[model.model] if model.pretrained is None else DiT.read_config(model.pretrained)
+    base = DIT_CONFIGS[model.model] if model.pretrained is None else DiT.read_config(Path(model.pretrained))
     return replace(base, **{name: getattr(model, name) for name in OVERRIDES if getattr(model, name) is not None})
 
 

@@ -71,4 +71,6 @@ def plan_run(
     workload = most_demanding(dit, list(workloads.values()))
     if model.activation_memory is None and model.gradient_checkpointing:
         return recompute_everything(dit, workload, device)
-    return plan_activations(dit, workload, free if model.activation_memory is None else model.activation_memory, device)
+    if model.activation_memory is None:
+        return plan_activations(dit, workload, free, device, source="--activation_memory auto:")
+    return plan_activations(dit, workload, model.activation_memory, device)
