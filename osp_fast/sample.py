@@ -4,9 +4,7 @@ Each sample is `{method}_{index}_gs{g}_s{steps}.mp4` (one frame: .jpg) in `--sav
 that holds all that made it; more than one sample also give a grid.
 """
 
-import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from osp_fast.cli import parse_sample
 from osp_fast.config import SAMPLE_PRESETS, SampleConfig, as_dict
 from osp_fast.data.captions import clean_caption
 from osp_fast.device import check_single_process, resolve_device, resolve_dtype
+from osp_fast.engine.compile import check_compiler
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.models.attention_backends import resolve_attention
 from osp_fast.models.lora import merge_lora
@@ -212,13 +211,6 @@ def read_prompts(arguments: Sequence[str]) -> list[str]:
 def _names_a_file(argument: str) -> bool:
     """Whether an argument that ends in .txt is meant as a file: it is one, or has no words."""
     return Path(argument).is_file() or not any(character.isspace() for character in argument)
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise `UserError` if torch.compile has no C++ compiler for the CPU."""
-    names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
-    if device.type == "cpu" and not any(shutil.which(name) for name in names):
-        raise UserError("--compile needs a C++ compiler on a CPU: install g++, or leave the flag out")
 
 
 def clean_prompts(prompts: Sequence[str], clean: Callable[[str], str]) -> list[str]:

@@ -81,7 +81,6 @@ def _compiled(forward: Callable[..., Any], graphs: int, backend: str | Callable)
         recompile_limit=graphs,
         accumulated_recompile_limit=config.accumulated_recompile_limit + graphs,
         fail_on_recompile_limit_hit=True,
-        inline_inbuilt_nn_modules=True,
     )
 
     @functools.wraps(forward)
