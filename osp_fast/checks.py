@@ -22,7 +22,8 @@ RELEASED_PIXEL_STEP = 32  # what the released checkpoints were trained on
 def check_train(config: TrainConfig) -> list[str]:
     """Check a training configuration; returns notices, one line each. Raises `UserError` on a contradiction."""
     data, run = config.data, config.run
-    if not data.data:
+    alone = run.dry_run is not None and data.force_resolution  # one size is known without any clip
+    if not data.data and not alone:
         raise UserError("--data is missing: name a data.txt, or use --preset tiny for the generated data set")
     if data.sample_rate != 1:
         raise UserError(

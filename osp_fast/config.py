@@ -34,8 +34,8 @@ VAE_MEMORY_HELP = (
     " of the clip that fit. auto: what is free on the device when it is first used, less a margin"
 )
 ACTIVATION_MEMORY_HELP = (
-    "memory for what forward keeps for backward: bytes, or like 20GiB; what does not fit is recomputed, first what is"
-    " cheap to recompute. auto: what is free on a GPU; on a CPU everything is kept"
+    "memory that forward and backward may take beside weights and gradients: bytes, or like 20GiB; what does not fit is"
+    " recomputed, first what is cheap to recompute. auto: what is free on a GPU; on a CPU everything is kept"
 )
 ATTENTION_NAMES = ("auto", "triton", "sdpa", "flash", "reference")
 ATTENTION_HELP = (

@@ -36,6 +36,10 @@ class Progress:
 
             self._bar = tqdm(initial=first, total=total, unit="step", file=self._stream, dynamic_ncols=True)
 
+    def begin(self) -> None:
+        """Let the estimate count from now: what was done since the start was preparation."""
+        self._started_at = self._clock()
+
     def pace(self, done: int) -> float:
         """Mean seconds per unit since the start; `done` units, more than `first`, are done."""
         return (self._clock() - self._started_at) / (done - self._first)

@@ -28,7 +28,7 @@ from osp_fast.models.text_encoder import TextEncoder
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.parallel.apply import shard_dit
 from osp_fast.parallel.mesh import make_mesh
-from osp_fast.parallel.world import World, open_world
+from osp_fast.parallel.world import Ranks, World, open_world
 from osp_fast.progress import Progress
 from osp_fast.training.build import (
     build_dit,
@@ -41,12 +41,14 @@ from osp_fast.training.build import (
     set_precision,
 )
 from osp_fast.training.cached import open_cache
+from osp_fast.training.dry_run import dry_run
 from osp_fast.training.guards import StopSignals, refuse_sequence_parallelism
 from osp_fast.training.loop import Trainer
 from osp_fast.training.metrics import MetricsLog
 from osp_fast.training.output import prepare_output
 from osp_fast.training.place import BatchSizes, batch_sizes, plan_summary, starting_point, steps_per_epoch
 from osp_fast.training.prepare import BatchFeed, BatchMaker
+from osp_fast.training.speed import Rehearsal, bound_vae, compiles, set_up
 from osp_fast.training.state import TrainerState
 from osp_fast.training.step import DenoisingLoss
 from osp_fast.validation import ValidationSampler, add_to_board
@@ -55,6 +57,11 @@ from osp_fast.validation import ValidationSampler, add_to_board
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the flags say. Raises `UserError`, and SystemExit when a signal ended the run (128 + its number)."""
     config, _ = parse_train(argv)
+    if config.run.dry_run is not None:
+        if Ranks.from_environment().rank == 0:
+            plan = load_plan(config.data, config.run.seed, say) if config.data.data else None
+            dry_run(config, None if plan is None else {b: len(clips) for b, clips in plan.buckets.items()}, say)
+        return
     refuse_sequence_parallelism(config.run)
     with open_world(config.run.device, config.run.start_timeout) as world:
         if config.run.preset == "tiny" and world.ranks.local_rank == 0:
@@ -119,18 +126,24 @@ def run_steps(
     size = sum(parameter.numel() for parameter in dit.parameters()) / 1e6
     tell(f"{size:.1f} M parameters on {world.size} x {device.type}, {total_steps} steps")
     tell(f"attention: {dit.attention_summary()}")
+    compiled = compiles(config, plan, device)
+    bound_vae(config.model, device)
     cpu_mesh = spread(dit, config, world)
     objective = DiffusionObjective(config.diffusion, device)
     loss = DenoisingLoss(dit, objective, bf16=compute_dtype(config.model) == torch.bfloat16)
     progress = Progress(total_steps, first=state.step, quiet=not world.is_first)
     continued = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
     metrics = MetricsLog(run, state.step if continued else 0, progress.message) if world.is_first else None
+    maker = BatchMaker(vae, text_encoder, objective, config, device, tell)
     stop = StopSignals()
     with world.together():
         validate = None
         if run.validation_steps is not None:
             validate = validation(config, world, plan, vae, text_encoder, metrics, progress, stop)
         trainer = Trainer(config, world, loss, state, checkpoint, total_steps, progress, cpu_mesh, validate)
+    rehearsal = Rehearsal(maker, loss, dit.config.caption_channels, compute_dtype(config.model))
+    gradient_bytes = sum(local.nbytes for local in trainer.shards.local)
+    trainer.recompiled = set_up(config, dit, plan, sizes, world, rehearsal, gradient_bytes, compiled, tell)
     loader = ClipLoader(
         plan,
         config.data,
@@ -147,7 +160,6 @@ def run_steps(
         # With others about, all decide together, before a step.
         stopped=lambda: world.alone and stop.received is not None,
     )
-    maker = BatchMaker(vae, text_encoder, objective, config, device, tell)
     feed = BatchFeed(loader, maker, state.step, sizes.accumulation)
     try:
         with stop:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import noop_context_fn
 
 from osp_fast.config import ModelConfig, TrainConfig
 from osp_fast.device import memory_allowance
@@ -89,7 +88,6 @@ def build_dit(config: TrainConfig, checkpoint: Path | None, device: torch.device
         add_lora(dit, model.lora_rank, lora_alpha(model), config.run.seed)
         if checkpoint is not None:
             restore_lora(dit, checkpoint / "lora")
-    dit.recompute_blocks(noop_context_fn if model.gradient_checkpointing else None)
     return dit.use_attention(model.attention, device, compute_dtype(model)).train()
 
 

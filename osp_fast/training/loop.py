@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from osp_fast.config import TrainConfig
 from osp_fast.data.dataset import StepBatch
+from osp_fast.engine.compile import RecompileCounter
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
 from osp_fast.models.lora import fused_state, has_lora
@@ -80,6 +81,7 @@ class Trainer:
         ema = EMA(self.shards, run.ema_decay, run.ema_start_step, run.offload_ema) if run.use_ema else None
         copies = world.size // (run.shard_size or world.size)
         self.update = Update(self.shards, optimizer, ema, world, config.optimizer.max_grad_norm, copies)
+        self.recompiled: RecompileCounter | None = None  # graphs that were compiled after the warm-up
         self.pace = Pace(loss.dit.config, config.model.lora_rank, world.device, world.size)
         self.learning_rate = learning_rate_rule(config.optimizer, total_steps)
         self.guard = NonFiniteGuard(config.optimizer.max_skipped_steps, state.skipped, state.skipped_in_a_row)
@@ -110,6 +112,7 @@ class Trainer:
         """
         run, state = self.config.run, self.state
         records = Records(self.world.device)
+        self.progress.begin()
         batches, started_at = iter(batches), state.step
         while state.step < self.total_steps:
             started = time.monotonic()
@@ -200,6 +203,7 @@ class Trainer:
                         grad_norm=norm,
                         **note.pace,
                         skipped=self.guard.skipped,
+                        recompiled=0 if self.recompiled is None else self.recompiled.count,
                         samples_seen=self.state.samples_seen,
                         time=time.time(),
                     )

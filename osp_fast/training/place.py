@@ -44,14 +44,17 @@ class BatchSizes:
 
 
 def batch_sizes(plan: Plan, config: TrainConfig, ranks: int) -> BatchSizes:
-    """The batches of a plan: `--train_batch_size` clips, or as many as `--tokens_per_batch` holds, but at least one."""
-    budget = config.optimizer.tokens_per_batch
-    fixed = config.optimizer.train_batch_size
-    micro = {
-        bucket: fixed if budget is None else max(1, budget // video_tokens(bucket, config.model.model))
-        for bucket in plan.buckets
-    }
+    """The batches of a plan."""
+    micro = {bucket: micro_batch_clips(config, bucket) for bucket in plan.buckets}
     return BatchSizes(micro, config.optimizer.gradient_accumulation_steps, ranks)
+
+
+def micro_batch_clips(config: TrainConfig, bucket: Bucket) -> int:
+    """Clips of a micro-batch: `--train_batch_size`, or as many as `--tokens_per_batch` holds, but at least one."""
+    budget = config.optimizer.tokens_per_batch
+    if budget is None:
+        return config.optimizer.train_batch_size
+    return max(1, budget // video_tokens(bucket, config.model.model))
 
 
 def latent_size(bucket: Bucket) -> tuple[int, int, int]:

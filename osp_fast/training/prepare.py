@@ -69,6 +69,19 @@ class BatchMaker:
             latents_bcthw, noise_bcthw, self._timesteps(clips, step, slots), text, text_mask, latent_mask_bthw
         )
 
+    def example(self, size: tuple[int, int, int], clips: int, width: int, dtype: torch.dtype) -> MicroBatch:
+        """A micro-batch of the same shapes and types as real ones, without meaning.
+
+        size: (T, H, W) of the latents; width, dtype: of the text's states
+        """
+        shape = (clips, self.vae.config.latent_dim, *size)
+        generator = torch_generator("example", *shape)
+        latents, noise = (self._to_device(draw_noise(shape, generator)) for _ in range(2))
+        timesteps = self._to_device(self.objective.timesteps(torch.full((clips,), 0.5)))
+        text = torch.zeros((clips, self._max_length, width), dtype=dtype, device=self.device)
+        text_mask = torch.ones(text.shape[:2], dtype=torch.int64, device=self.device)
+        return MicroBatch(latents, noise, timesteps, text, text_mask)
+
     @torch.no_grad()
     def encode(self, clips: Sequence[LoadedClip], step: int) -> list[Tensor]:
         """The normalised latent (C, T, H, W), float32, of each clip: a sample of the VAE's posterior.

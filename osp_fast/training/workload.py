@@ -13,15 +13,7 @@ from osp_fast.engine.devices import H100, DeviceModel
 from osp_fast.models.attention_backends import resolve_attention
 from osp_fast.models.dit import DiTConfig
 from osp_fast.training.build import compute_dtype
-from osp_fast.training.place import latent_size, video_tokens
-
-
-def micro_batch_clips(config: TrainConfig, bucket: Bucket) -> int:
-    """Clips of a micro-batch: `--train_batch_size`, or as many as `--tokens_per_batch` holds, but at least one."""
-    budget = config.optimizer.tokens_per_batch
-    if budget is None:
-        return config.optimizer.train_batch_size
-    return max(1, budget // video_tokens(bucket, config.model.model))
+from osp_fast.training.place import latent_size, micro_batch_clips
 
 
 def make_workloads(

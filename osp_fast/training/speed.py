@@ -1,0 +1,103 @@
+"""What makes a run's steps fast, settled before the first: what blocks keep for backward, which graphs there are."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import noop_context_fn
+
+from osp_fast.config import ModelConfig, TrainConfig
+from osp_fast.data.buckets import Plan
+from osp_fast.device import memory_allowance
+from osp_fast.engine.compile import RecompileCounter, WarmUpBucket, check_compiler, compile_blocks, warm_up
+from osp_fast.engine.devices import H100, find_device
+from osp_fast.errors import UserError
+from osp_fast.models.dit import DiT
+from osp_fast.parallel.world import World
+from osp_fast.training.footprint import VAE_SHARE
+from osp_fast.training.place import BatchSizes, latent_size, video_tokens
+from osp_fast.training.prepare import BatchMaker
+from osp_fast.training.step import DenoisingLoss
+from osp_fast.training.workload import make_workloads, plan_run
+
+
+def bound_vae(model: ModelConfig, device: torch.device) -> None:
+    """Name what the VAE may hold on a GPU where `--vae_memory` does not.
+
+    It works while the batch before is trained, so "what is free" would be what training is about to need; it gets a
+    fixed share.
+    """
+    if device.type == "cuda" and model.vae_memory is None:
+        model.vae_memory = torch.cuda.get_device_properties(device).total_memory // VAE_SHARE
+
+
+def compiles(config: TrainConfig, plan: Plan, device: torch.device) -> bool:
+    """Whether blocks are compiled: `--compile`; by default on a GPU, where batches have few sizes.
+
+    Raises `UserError` where they cannot be.
+    """
+    one_size = config.data.group_data or len(plan.buckets) == 1
+    if config.model.compile is None:
+        return device.type == "cuda" and one_size
+    if config.model.compile and not one_size:
+        raise UserError("--compile makes a graph for each size of batch: add --group_data, so that there are few")
+    if config.model.compile:
+        check_compiler(device)
+    return config.model.compile
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What is needed to run any bucket once: forward and backward of a micro-batch without meaning."""
+
+    maker: BatchMaker
+    loss: DenoisingLoss
+    text_width: int
+    text_dtype: torch.dtype
+
+    def __call__(self, size: tuple[int, int, int], clips: int) -> None:
+        """size: of the latents; gradients are left behind."""
+        batch = self.maker.example(size, clips, self.text_width, self.text_dtype)
+        self.loss(batch).sum().backward()
+
+
+def set_up(
+    config: TrainConfig,
+    dit: DiT,
+    plan: Plan,
+    sizes: BatchSizes,
+    world: World,
+    rehearsal: Rehearsal,
+    gradient_bytes: int,
+    compiled: bool,
+    report: Callable[[str], None],
+) -> RecompileCounter:
+    """Choose what blocks keep, compile them, and run every bucket once. Returns the counter of further graphs.
+
+    To be called by all ranks, when all that lives as long as the run is in memory. gradient_bytes: of this rank.
+    Raises `UserError` where a bucket does not fit.
+    """
+    device = world.device
+    if device.type == "cpu" and config.model.activation_memory is None:
+        dit.recompute_blocks(noop_context_fn if config.model.gradient_checkpointing else None)
+    else:
+        workloads = make_workloads(config, plan.buckets, world.size, device)
+        model = find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        free = None
+        if device.type == "cuda":
+            vae = config.model.vae_memory if config.data.latent_cache is None else 0
+            free = memory_allowance(device) - gradient_bytes - vae
+        with world.together():
+            planned = plan_run(dit.config, config.model, workloads, free, model or H100)
+        report(str(planned))
+        planned.apply(dit)
+    counter = RecompileCounter()
+    if compiled:
+        compile_blocks(dit, len(sizes.micro))
+        buckets = {
+            WarmUpBucket(str(bucket), clips, video_tokens(bucket, config.model.model)): latent_size(bucket)
+            for bucket, clips in sizes.micro.items()
+        }
+        warm_up(dit, list(buckets), lambda bucket: rehearsal(buckets[bucket], bucket.clips), report)
+        counter.reset()
+    return counter
