@@ -24,8 +24,10 @@ from osp_fast.training.checkpoint import load_optimizer
 from osp_fast.training.ema import EMA
 from osp_fast.training.guards import NonFiniteGuard, StopSignals, note_skipped
 from osp_fast.training.metrics import MetricsLog
+from osp_fast.training.observe import Observer
 from osp_fast.training.optimizer import build_optimizer, learning_rate_rule, set_learning_rate
 from osp_fast.training.pace import Pace
+from osp_fast.training.profile import StepProfiler
 from osp_fast.training.records import Record, Records
 from osp_fast.training.saver import Saver, take_snapshot
 from osp_fast.training.state import TrainerState, recipe_of
@@ -82,6 +84,8 @@ class Trainer:
         copies = world.size // (run.shard_size or world.size)
         self.update = Update(self.shards, optimizer, ema, world, config.optimizer.max_grad_norm, copies)
         self.recompiled: RecompileCounter | None = None  # graphs that were compiled after the warm-up
+        self.profiler = StepProfiler(run.profile, Path(run.output_dir), world.rank, world.device, progress.message)
+        self.observer = Observer(self.update, list(loss.dit.parameters()), world.device, progress.message)
         self.pace = Pace(loss.dit.config, config.model.lora_rank, world.device, world.size)
         self.learning_rate = learning_rate_rule(config.optimizer, total_steps)
         self.guard = NonFiniteGuard(config.optimizer.max_skipped_steps, state.skipped, state.skipped_in_a_row)
@@ -129,6 +133,7 @@ class Trainer:
                 self.pace.restart()
             self._learn(due, metrics)
             self._tell_fault(wait=False)
+            self.profiler.step(note.step)
             if state.step % run.checkpointing_steps == 0:
                 self._learn(records.flush(), metrics)
                 self.save()
@@ -136,6 +141,7 @@ class Trainer:
                 self._learn(records.flush(), metrics)
                 self.validate()
         self._learn(records.flush(), metrics)
+        self.profiler.close()
         if state.step < self.total_steps and word == FAULT:
             self._give_up(fault, saves=state.step > started_at)
         return self.finish()
@@ -204,6 +210,7 @@ class Trainer:
                         **note.pace,
                         skipped=self.guard.skipped,
                         recompiled=0 if self.recompiled is None else self.recompiled.count,
+                        **self.observer(),
                         samples_seen=self.state.samples_seen,
                         time=time.time(),
                     )

@@ -79,8 +79,8 @@ def stop_after(batches, steps: int):
 
 def history(config: TrainConfig) -> list[dict]:
     lines = (Path(config.run.output_dir) / "metrics.jsonl").read_text().splitlines()
-    timings = ("s_per_step", "data_wait_s", "tokens_per_s", "model_tflops", "time")
-    return [{key: value for key, value in json.loads(line).items() if key not in timings} for line in lines]
+    timings = ("s_per_step", "data_wait_s", "tokens_per_s", "model_tflops", "memory_", "time")
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith(timings)} for line in lines]
 
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
