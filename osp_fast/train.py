@@ -27,6 +27,7 @@ from osp_fast.models.dit import DiT
 from osp_fast.models.text_encoder import TextEncoder
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.parallel.apply import shard_dit
+from osp_fast.parallel.heartbeats import Heartbeats
 from osp_fast.parallel.mesh import make_mesh
 from osp_fast.parallel.world import Ranks, World, open_world
 from osp_fast.progress import Progress
@@ -51,6 +52,7 @@ from osp_fast.training.prepare import BatchFeed, BatchMaker
 from osp_fast.training.speed import Rehearsal, bound_vae, compiles, set_up
 from osp_fast.training.state import TrainerState
 from osp_fast.training.step import DenoisingLoss
+from osp_fast.training.watchdog import Watchdog
 from osp_fast.validation import ValidationSampler, add_to_board
 
 
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dry_run(config, None if plan is None else {b: len(clips) for b, clips in plan.buckets.items()}, say)
         return
     refuse_sequence_parallelism(config.run)
-    with open_world(config.run.device, config.run.start_timeout) as world:
+    with open_world(config.run.device, config.run.start_timeout, say) as world:
         if config.run.preset == "tiny" and world.ranks.local_rank == 0:
             ensure_tiny(TINY_FOLDER)
         code = train(config, world)
@@ -161,9 +163,19 @@ def run_steps(
         stopped=lambda: world.alone and stop.received is not None,
     )
     feed = BatchFeed(loader, maker, state.step, sizes.accumulation)
+    heartbeats = None if world.alone else Heartbeats(world.store.clone(), world.rank, world.size)
+    watchdog = Watchdog(
+        output_dir,
+        world.rank,
+        run.hang_factor,
+        run.hang_seconds,
+        loader.describe,
+        heartbeats,
+        step=state.step,
+    )
     try:
-        with stop:
-            last = trainer.run(feed, metrics, stop)
+        with stop, watchdog:
+            last = trainer.run(feed, metrics, stop, watchdog)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"step {state.step + 1} does not fit into the memory of {device}: use --gradient_checkpointing,"

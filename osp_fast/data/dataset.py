@@ -4,6 +4,7 @@ Everything that is drawn for a clip depends on the seed, the epoch and the clip 
 decoder process (`video.py`); the order of results is the order of the epoch, whoever is faster.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -111,6 +112,7 @@ class ClipLoader:
         self._threads = max(1, min(DECODER_THREADS, usable_cores() // (workers * world_size)))
         self._broken: dict[str, str] = {}  # file -> why no clip of it can be decoded
         self._crews: list[Crew] = []
+        self._loading: dict[int, tuple[str, float]] = {}  # thread -> what it loads, since when
 
     def __enter__(self) -> "ClipLoader":
         return self
@@ -122,6 +124,11 @@ class ClipLoader:
         """End threads and decoder processes, also those that hang."""
         while self._crews:
             self._crews.pop().close()
+
+    def describe(self) -> dict[str, list[str]]:
+        """What the workers load at this moment, and for how long: for the report on a hang."""
+        now = time.monotonic()
+        return {"clips being loaded": [f"{path}, for {now - since:.0f} s" for path, since in [*self._loading.values()]]}
 
     def __iter__(self) -> Iterator[StepBatch]:
         crew = Crew(self._config.dataloader_num_workers, self._config.decode_timeout, self._load)
@@ -179,6 +186,7 @@ class ClipLoader:
             try:
                 if clip.entry.file in self._broken:
                     raise DecodeError(self._broken[clip.entry.file])
+                self._loading[threading.get_ident()] = (clip.entry.path, time.monotonic())
                 return self._clip(decoder, clip, epoch, slot, index)
             except DecodeError as error:
                 if decoder.closed:
@@ -188,6 +196,8 @@ class ClipLoader:
                 index = next(candidates, None)
                 substitute = None if index is None else self._plan.clips[index].entry.path
                 self._rejects.add(clip.entry.path, clip.entry.file, error.reason, substitute)
+            finally:
+                self._loading.pop(threading.get_ident(), None)
         raise UserError(self._nothing_sound())
 
     def _candidates(self, epoch: int, clip_index: int) -> Iterator[int]:

@@ -5,8 +5,7 @@ none of this: it makes no process group, and everything here answers at once.
 """
 
 import os
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from osp_fast.device import rank_device
 from osp_fast.errors import UserError
+from osp_fast.parallel.health import await_ranks, open_store, timed_all_reduce
 
 # So many of NCCL's last calls are remembered, for the report on a hang; PyTorch reads it when a group is made.
 FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "2000")
@@ -54,11 +54,13 @@ class World:
 
     device: what this rank computes on
     files: a group of its own for the thread that writes checkpoints, gloo; None in a run of one process
+    store: where ranks meet beside the groups, None in a run of one process; `clone()` it for a thread
     """
 
     ranks: Ranks
     device: torch.device
     files: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
 
     @property
     def rank(self) -> int:
@@ -123,14 +125,15 @@ class World:
 
 
 @contextmanager
-def open_world(device_name: str, timeout_s: float) -> Iterator[World]:
-    """Join the run's other processes, and leave them at the end.
+def open_world(device_name: str, timeout_s: float, report: Callable[[str], None]) -> Iterator[World]:
+    """Join the run's other processes, see that all are well (`health.py`), and leave them at the end.
 
     device_name: as `--device` has it; under torchrun auto and cuda are the GPU of LOCAL_RANK
     timeout_s: of joining and of every collective
+    report: gets lines on the health of the ranks, on rank 0 only
 
     Raises:
-        UserError: the environment or the device is wrong, or the ranks do not find each other.
+        UserError: the environment or the device is wrong, or a rank is missing or does not answer: it is named.
     """
     ranks = Ranks.from_environment()
     device = rank_device(device_name)
@@ -140,21 +143,22 @@ def open_world(device_name: str, timeout_s: float) -> Iterator[World]:
     os.environ.setdefault(*FLIGHT_RECORDER)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = open_store(ranks.rank, ranks.size, timeout_s)
+    hosts = await_ranks(store, ranks.rank, ranks.size, timeout_s)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
+        timeout=timeout,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        device_id=device if device.type == "cuda" else None,
+    )
     try:
-        dist.init_process_group(
-            backend,
-            timeout=timedelta(seconds=timeout_s),
-            rank=ranks.rank,
-            world_size=ranks.size,
-            device_id=device if device.type == "cuda" else None,
-        )
-    except (dist.DistError, ValueError) as error:
-        raise UserError(
-            f"rank {ranks.rank} of {ranks.size} on {socket.gethostname()} did not find the others within"
-            f" --start_timeout {timeout_s:g} s ({error}): start all with torchrun, and check MASTER_ADDR, MASTER_PORT"
-        ) from error
-    try:
-        yield World(ranks, device, dist.new_group(backend="gloo"))
+        health = timed_all_reduce(ranks.rank, ranks.size, device, store, hosts, timeout_s)
+        if ranks.rank == 0:
+            for line in health.lines():
+                report(line)
+        yield World(ranks, device, dist.new_group(backend="gloo", timeout=timeout), store)
     finally:
         dist.destroy_process_group()

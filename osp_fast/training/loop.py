@@ -17,6 +17,7 @@ from osp_fast.engine.compile import RecompileCounter
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
 from osp_fast.models.lora import fused_state, has_lora
+from osp_fast.parallel.heartbeats import WAITING_FOR_RANKS
 from osp_fast.parallel.shards import LocalShards
 from osp_fast.parallel.world import World
 from osp_fast.progress import Progress
@@ -32,6 +33,7 @@ from osp_fast.training.records import Record, Records
 from osp_fast.training.saver import Saver, take_snapshot
 from osp_fast.training.state import TrainerState, recipe_of
 from osp_fast.training.step import DenoisingLoss, MicroBatch, Update, accumulate_gradients
+from osp_fast.training.watchdog import Watchdog
 
 # What a rank says before each step; the greatest word of all ranks is done.
 GO, END, STOP, FAULT = range(4)
@@ -106,9 +108,15 @@ class Trainer:
             self.saver.saved = checkpoint
 
     def run(
-        self, batches: Iterable[tuple[StepBatch, list[MicroBatch]]], metrics: MetricsLog, stop: StopSignals
+        self,
+        batches: Iterable[tuple[StepBatch, list[MicroBatch]]],
+        metrics: MetricsLog | None,
+        stop: StopSignals,
+        watchdog: Watchdog,
     ) -> Path:
         """Train until the last step or a stop signal. Returns the last checkpoint, which is always up to date.
+
+        metrics: of the first rank; watchdog: entered, ends the process when a step hangs
 
         Raises:
             UserError: the last checkpoint cannot be written, the gradients stay non-finite, or no more clips can be
@@ -120,10 +128,11 @@ class Trainer:
         batches, started_at = iter(batches), state.step
         while state.step < self.total_steps:
             started = time.monotonic()
-            word, item, fault = self._next(batches, stop)
+            word, item, fault = self._next(batches, stop, watchdog)
             if word != GO:
                 break
             batch, made = item
+            watchdog.step_started(state.step + 1, [str(clip.path) for clip in batch.clips])
             note = StepNote(state.step + 1, batch, self.learning_rate(state.step), {})
             due = records.put(note, self.step(made, note.learning_rate))
             self._advance(batch)
@@ -133,21 +142,26 @@ class Trainer:
                 self.pace.restart()
             self._learn(due, metrics)
             self._tell_fault(wait=False)
-            self.profiler.step(note.step)
+            with watchdog.phase("writing the profile") if self.profiler.writes_next else nullcontext():
+                self.profiler.step(note.step)
             if state.step % run.checkpointing_steps == 0:
-                self._learn(records.flush(), metrics)
-                self.save()
+                with watchdog.phase("saving"):
+                    self._learn(records.flush(), metrics)
+                    self.save()
             if self._validate is not None and state.step % run.validation_steps == 0:
-                self._learn(records.flush(), metrics)
-                self.validate()
-        self._learn(records.flush(), metrics)
-        self.profiler.close()
-        if state.step < self.total_steps and word == FAULT:
-            self._give_up(fault, saves=state.step > started_at)
-        return self.finish()
+                with watchdog.phase("validation"):
+                    self._learn(records.flush(), metrics)
+                    self.validate()
+            watchdog.step_done()
+        with watchdog.phase("ending"):
+            self._learn(records.flush(), metrics)
+            self.profiler.close()
+            if state.step < self.total_steps and word == FAULT:
+                self._give_up(fault, saves=state.step > started_at)
+            return self.finish()
 
     def _next(
-        self, batches: Iterator[tuple[StepBatch, list[MicroBatch]]], stop: StopSignals
+        self, batches: Iterator[tuple[StepBatch, list[MicroBatch]]], stop: StopSignals, watchdog: Watchdog
     ) -> tuple[int, tuple[StepBatch, list[MicroBatch]] | None, UserError | None]:
         """What all ranks do next, this rank's batch, and what is wrong with it; all ranks must call it."""
         word, item, fault = GO, None, None
@@ -160,7 +174,8 @@ class Trainer:
             word = STOP
         elif word == GO and item is None:
             word = END
-        word, number = self.world.greatest(word, stop.received or 0)
+        with watchdog.within(WAITING_FOR_RANKS):
+            word, number = self.world.greatest(word, stop.received or 0)
         stop.adopt(number)
         return word, item, fault
 

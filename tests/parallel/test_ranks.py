@@ -1,6 +1,7 @@
 """Training on several ranks: the same as on one, resumed on any number of them, and stopped by one for all."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ranks import RankProcesses, run_ranks
 from training import small, train, train_with
 
 from osp_fast.models.dit import DiT
+from osp_fast.training.hang_report import EXIT_HANG
 
 BATCH = 4  # clips of a step
 
@@ -140,3 +142,15 @@ def test_a_bad_batch_on_one_rank_is_skipped_by_all_and_its_clip_named(flags, tmp
     )
     state = DiT.from_pretrained(output / "checkpoint-4" / "model").state_dict()
     assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_a_rank_that_hangs_is_named_and_ends_all(flags, tmp_path):
+    output = tmp_path / "run"
+    ranks = RankProcesses(2, tmp_path, train_with, ("hang 1 4", flags(output, 2, hang_seconds=2, hang_factor=3)))
+    assert ranks.codes() == [EXIT_HANG] * 2, ranks.printed()
+    assert re.search(r"step 5 hangs for \d+ s: .*rank 1 .*'waiting for data'", ranks.printed(0)), ranks.printed(0)
+    assert "--resume_from_checkpoint latest" in ranks.printed(0)
+    report = (output / "hang-step-5-rank-1.txt").read_text()
+    assert "in make" in report and "training.py" in report  # where it hangs
+    assert (output / "hang-step-5-rank-0.txt").is_file()
+    assert (output / "checkpoint-3" / "SHA256SUMS").is_file()

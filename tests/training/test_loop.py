@@ -27,6 +27,7 @@ from osp_fast.training.optimizer import state_tensors
 from osp_fast.training.output import prepare_output
 from osp_fast.training.prepare import BatchFeed, BatchMaker
 from osp_fast.training.state import TrainerState, read_state
+from osp_fast.training.watchdog import Watchdog
 
 
 @pytest.fixture
@@ -61,9 +62,10 @@ def train(make_loss, make_batches):
         trainer.clip_loss = loss
         batches = batches or make_batches(3, state.epoch, state.batch)
         metrics = MetricsLog(config.run, state.step, progress.message)
-        with StopSignals() as stop:
+        watchdog = Watchdog(Path(config.run.output_dir), 0, 10.0, 60.0)
+        with StopSignals() as stop, watchdog:
             feed = BatchFeed(stop_after(batches, until - state.step), loss.maker, state.step, 2)
-            trainer.run(feed, metrics, stop)
+            trainer.run(feed, metrics, stop, watchdog)
         metrics.close()
         return trainer, stream.getvalue()
 
