@@ -145,7 +145,7 @@ def run_steps(
         trainer = Trainer(config, world, loss, state, checkpoint, total_steps, progress, cpu_mesh, validate)
     rehearsal = Rehearsal(maker, loss, dit.config.caption_channels, compute_dtype(config.model))
     gradient_bytes = sum(local.nbytes for local in trainer.shards.local)
-    trainer.recompiled = set_up(config, dit, plan, sizes, world, rehearsal, gradient_bytes, compiled, tell)
+    trainer.recompiled, trainer.graphs = set_up(config, dit, plan, sizes, world, rehearsal, gradient_bytes, compiled, tell)
     loader = ClipLoader(
         plan,
         config.data,

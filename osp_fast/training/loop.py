@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from osp_fast.config import TrainConfig
 from osp_fast.data.dataset import StepBatch
 from osp_fast.engine.compile import RecompileCounter
+from osp_fast.engine.cuda_graphs import GraphedBuckets
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
 from osp_fast.models.lora import fused_state, has_lora
@@ -86,6 +87,7 @@ class Trainer:
         copies = world.size // (run.shard_size or world.size)
         self.update = Update(self.shards, optimizer, ema, world, config.optimizer.max_grad_norm, copies)
         self.recompiled: RecompileCounter | None = None  # graphs that were compiled after the warm-up
+        self.graphs: GraphedBuckets | None = None
         self.profiler = StepProfiler(run.profile, Path(run.output_dir), world.rank, world.device, progress.message)
         self.observer = Observer(self.update, list(loss.dit.parameters()), world.device, progress.message)
         self.pace = Pace(loss.dit.config, config.model.lora_rank, world.device, world.size)
@@ -188,7 +190,7 @@ class Trainer:
 
     def step(self, batches: Sequence[MicroBatch], learning_rate: float) -> Tensor:
         """One optimizer step, without a wait for the GPU. Returns its numbers, on the device (`Update`)."""
-        losses = accumulate_gradients(self.loss, batches)
+        losses = accumulate_gradients(self.loss, batches, self.graphs)
         set_learning_rate(self.update.optimizer, [learning_rate] * len(self.update.optimizer.param_groups))
         return self.update(losses, self.state.step + 1)
 

@@ -228,6 +228,7 @@ class BatchFeed:
         item[0].wait_s = time.monotonic() - started
         current = torch.cuda.current_stream(self._maker.device)
         current.wait_event(ready)
-        for tensor in (tensor for batch in item[1] for tensor in batch.tensors()):
-            tensor.record_stream(current)  # its memory is not to be reused before training has read it
+        for tensor in (tensor for batch in item[1] for tensor in batch.values()):
+            if tensor is not None:
+                tensor.record_stream(current)  # its memory is not to be reused before training has read it
         return item

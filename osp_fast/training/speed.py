@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import noop_context_fn
 
 from osp_fast.config import ModelConfig, TrainConfig
 from osp_fast.data.buckets import Plan
 from osp_fast.device import memory_allowance
 from osp_fast.engine.compile import RecompileCounter, WarmUpBucket, check_compiler, compile_blocks, warm_up
+from osp_fast.engine.cuda_graphs import CudaMachine, GraphedBuckets, Inputs, check_cuda_graphs
 from osp_fast.engine.devices import H100, find_device
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
@@ -17,7 +19,7 @@ from osp_fast.parallel.world import World
 from osp_fast.training.footprint import VAE_SHARE
 from osp_fast.training.place import BatchSizes, latent_size, video_tokens
 from osp_fast.training.prepare import BatchMaker
-from osp_fast.training.step import DenoisingLoss
+from osp_fast.training.step import DenoisingLoss, MicroBatch, add_gradients
 from osp_fast.training.workload import make_workloads, plan_run
 
 
@@ -55,10 +57,13 @@ class Rehearsal:
     text_width: int
     text_dtype: torch.dtype
 
+    def example(self, size: tuple[int, int, int], clips: int) -> MicroBatch:
+        """size: of the latents."""
+        return self.maker.example(size, clips, self.text_width, self.text_dtype)
+
     def __call__(self, size: tuple[int, int, int], clips: int) -> None:
-        """size: of the latents; gradients are left behind."""
-        batch = self.maker.example(size, clips, self.text_width, self.text_dtype)
-        self.loss(batch).sum().backward()
+        """Gradients are left behind."""
+        add_gradients(self.loss, self.example(size, clips), clips)
 
 
 def set_up(
@@ -71,10 +76,11 @@ def set_up(
     gradient_bytes: int,
     compiled: bool,
     report: Callable[[str], None],
-) -> RecompileCounter:
-    """Choose what blocks keep, compile them, and run every bucket once. Returns the counter of further graphs.
+) -> tuple[RecompileCounter, GraphedBuckets | None]:
+    """Choose what blocks keep, compile them, run every bucket once, and capture those as CUDA graphs that gain by it.
 
-    To be called by all ranks, when all that lives as long as the run is in memory. gradient_bytes: of this rank.
+    Returns the counter of what is compiled from then on, and the CUDA graphs, if there are any. To be called by all
+    ranks, when all that lives as long as the run is in memory. gradient_bytes: of this rank.
     Raises `UserError` where a bucket does not fit.
     """
     device = world.device
@@ -100,4 +106,26 @@ def set_up(
         }
         warm_up(dit, list(buckets), lambda bucket: rehearsal(buckets[bucket], bucket.clips), report)
         counter.reset()
-    return counter
+    graphs = None
+    one_size = config.data.group_data or len(plan.buckets) == 1
+    if check_cuda_graphs(config.model.cuda_graphs, device, world.size) and one_size:
+        graphs = capture(dit, sizes, rehearsal, config.model.cuda_graphs is True, report)
+    return counter, graphs
+
+
+def capture(
+    dit: DiT, sizes: BatchSizes, rehearsal: Rehearsal, always: bool, report: Callable[[str], None]
+) -> GraphedBuckets | None:
+    """CUDA graphs of forward and backward of the buckets that gain by it, or of all. Raises `UserError`."""
+
+    def run(inputs: Inputs) -> Tensor:
+        batch = MicroBatch(*inputs)
+        return add_gradients(rehearsal.loss, batch, len(batch.timesteps) * sizes.accumulation)
+
+    trained = [parameter for parameter in dit.parameters() if parameter.requires_grad]
+    graphs = GraphedBuckets(run, trained, CudaMachine(trained[0].device))
+    examples = [
+        (str(bucket), rehearsal.example(latent_size(bucket), clips).values()) for bucket, clips in sizes.micro.items()
+    ]
+    choices = graphs.choose(examples, always, report)
+    return graphs if any(choice.kept for choice in choices) else None

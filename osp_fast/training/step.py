@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from osp_fast.diffusion.schedule import DiffusionObjective
+from osp_fast.engine.cuda_graphs import GraphedBuckets
 from osp_fast.models.dit import DiT
 from osp_fast.parallel.shards import LocalShards
 from osp_fast.parallel.world import World
@@ -39,10 +40,9 @@ class MicroBatch:
     text_mask: Tensor
     latent_mask: Tensor | None = None
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors that there are."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return [value for value in values if value is not None]
+    def values(self) -> list[Tensor | None]:
+        """The fields in order: `MicroBatch(*batch.values())` is the same."""
+        return [getattr(self, field.name) for field in fields(self)]
 
 
 class DenoisingLoss:
@@ -67,20 +67,32 @@ class DenoisingLoss:
         return torch.autocast(device.type, torch.bfloat16, enabled=self._bf16)
 
 
-def accumulate_gradients(loss: DenoisingLoss, batches: Sequence[MicroBatch]) -> Tensor:
+def add_gradients(loss: DenoisingLoss, batch: MicroBatch, clips: int) -> Tensor:
+    """Backward of a micro-batch's share in the mean loss of a step's `clips`. Returns the loss of each, detached."""
+    losses = loss(batch)
+    (losses.sum() / clips).backward()
+    return losses.detach()
+
+
+def accumulate_gradients(
+    loss: DenoisingLoss, batches: Sequence[MicroBatch], graphs: GraphedBuckets | None = None
+) -> Tensor:
     """Backward of the mean loss of a step's clips, one micro-batch after the other; each clip weighs the same.
+
+    graphs: run the micro-batches that they know; made for micro-batches of equal numbers of clips
 
     Returns:
         The loss of each clip, (clips,) float32, detached, on the device.
     """
+    if graphs is not None:
+        graphs.start_step()
+        return torch.cat([graphs(batch.values()) for batch in batches])
     clips = sum(len(batch.timesteps) for batch in batches)
     losses = []
     for number, batch in enumerate(batches, 1):
         if hasattr(loss.dit, "set_requires_all_reduce"):  # of FSDP: copies of the weights meet in the last backward
             loss.dit.set_requires_all_reduce(number == len(batches))
-        part = loss(batch)
-        (part.sum() / clips).backward()
-        losses.append(part.detach())
+        losses.append(add_gradients(loss, batch, clips))
     return torch.cat(losses)
 
 

@@ -10,7 +10,8 @@ from osp_fast.data.buckets import Bucket, Plan
 from osp_fast.errors import UserError
 from osp_fast.parallel.world import Ranks, World
 from osp_fast.training.place import BatchSizes
-from osp_fast.training.speed import Rehearsal, bound_vae, compiles, set_up
+from osp_fast.training.speed import Rehearsal, bound_vae, capture, compiles, set_up
+from osp_fast.training.step import accumulate_gradients
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BUCKETS = {Bucket(5, 16, 16): [0, 1], Bucket(1, 32, 16): [2]}
@@ -77,7 +78,9 @@ def test_rehearsing_every_bucket_changes_nothing_and_afterwards_nothing_is_compi
     honest = engine.compile_blocks
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("osp_fast.training.speed.compile_blocks", lambda dit, n: honest(dit, n, backend="eager"))
-        counter = set_up(config, loss.dit, Plan(buckets=BUCKETS), sizes, world, rehearsal, 0, True, lines.append)
+        counter, graphs = set_up(
+            config, loss.dit, Plan(buckets=BUCKETS), sizes, world, rehearsal, 0, True, lines.append
+        )
     assert [line.split(":")[0] for line in lines if line.startswith("compiling")] == [
         "compiling bucket 1/2",
         "compiling bucket 2/2",
@@ -85,9 +88,51 @@ def test_rehearsing_every_bucket_changes_nothing_and_afterwards_nothing_is_compi
     assert any(line.startswith("activations: ") for line in lines) is ("activation_memory" in flags)
     assert all(torch.equal(loss.dit.state_dict()[name], tensor) for name, tensor in before.items())
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert all(parameter.grad is None for parameter in loss.dit.parameters())
+    assert graphs is None and all(parameter.grad is None for parameter in loss.dit.parameters())
     for size in ((5, 16, 16), (1, 32, 16)):
         loss([make_clip(slot, size) for slot in range(2)], 0, 2).sum().backward()
     assert counter.count == 0
     loss([make_clip(0, (1, 32, 16))], 0, 2).sum().backward()  # another number of clips
     assert counter.count > 0
+
+
+class Replayed:
+    """A machine that captures a call by remembering it, and on which graphs take half the time."""
+
+    def __init__(self, device):
+        self.calls = 0
+
+    def seconds(self, call):
+        self.calls += 1
+        call()
+        return 1.0 if self.calls <= len(BUCKETS) else 0.5
+
+    def peak_bytes(self, call):
+        call()
+        return 0
+
+    def available_bytes(self):
+        return 1 << 40
+
+    def capture(self, call):
+        graph = SimpleNamespace(result=call().clone(), size=0)
+        graph.replay = lambda: graph.result.copy_(call())
+        return graph
+
+
+def test_steps_by_graphs_are_the_steps_without(make_loss, make_clip, monkeypatch):
+    monkeypatch.setattr("osp_fast.training.speed.CudaMachine", Replayed)
+    loss, lines = make_loss(config_of()), []
+    rehearsal = Rehearsal(loss.maker, loss.loss, 8, torch.float32)
+    graphs = capture(loss.dit, BatchSizes(dict.fromkeys(BUCKETS, 2), 2, 1), rehearsal, False, lines.append)
+    assert len(lines) == 2 and all(line.endswith(": kept") for line in lines)
+    for size in ((5, 16, 16), (1, 32, 16)):
+        batches = [loss.maker([make_clip(slot, size), make_clip(slot + 1, size)], 0, 4) for slot in (0, 2)]
+        expected = accumulate_gradients(loss.loss, batches)
+        gradients = [parameter.grad.clone() for parameter in loss.dit.parameters()]
+        loss.dit.zero_grad(set_to_none=True)
+        found = accumulate_gradients(loss.loss, batches, graphs)
+        assert torch.equal(found, expected)
+        for parameter, gradient in zip(loss.dit.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+        loss.dit.zero_grad(set_to_none=True)
