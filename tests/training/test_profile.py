@@ -33,7 +33,7 @@ def run(tmp_path):
 
 def sizes(file) -> list[int]:
     """Of the products in a trace."""
-    events = json.loads(gzip.open(file).read())["traceEvents"]
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     return [event["args"]["Input Dims"][0][0] for event in events if event.get("name") == "aten::mm"]
 
 
