@@ -170,8 +170,8 @@ class Watchdog:
             left_s = mark.began + mark.limit_s - now
             # Counts from now, without Python: it goes off if this thread is not let run until then.
             faulthandler.dump_traceback_later(max(left_s, ANSWER_S) + MARGIN_S, exit=True, file=STDERR)
-            if left_s < 0 and not self._waits_for_excused(mark, now):
-                self._report(mark)
+            if left_s < 0 and not self._waits_for_excused(mark, now) and self._mark.began == mark.began:
+                self._report(mark)  # it has not ended while the others were asked
             if self._ended.wait(min(self._beat_s, self._least_s / 4)):
                 return
 
