@@ -1,4 +1,4 @@
-"""`python -m bench list|run|verify|static|block|vae|compare|report`, from the repository's root: bench/README.md."""
+"""`python -m bench COMMAND`, from the repository's root: bench/README.md lists what there is."""
 
 import argparse
 import sys
@@ -10,10 +10,11 @@ from osp_fast.kernels.spec import OpSpec
 from bench.ops import choose_ops, choose_shapes, load_specs
 from bench.results import RESULTS
 from osp_fast.cli import SentenceParser, memory_size
-from osp_fast.errors import run_entry_point
+from osp_fast.errors import UserError, run_entry_point
 
 ARCHS = (80, 90, 100)
 VAE_CASES = ("encode 93x768x768", "decode 93x640x640", "decode 93x720x1280")  # those that have targets
+TRAIN_CASES = ("1x352x640", "29x352x640", "93x352x640", "93x640x640")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -61,6 +62,14 @@ def _vae(arguments: argparse.Namespace, load: Callable) -> int:
     from bench.vae import run_vae
 
     return run_vae(arguments.case, arguments.json, arguments.memory)
+
+
+def _train(arguments: argparse.Namespace, load: Callable) -> int:
+    from bench.train import run_train
+
+    if arguments.tiny and arguments.case:
+        raise UserError("--tiny measures the tiny preset's own size: leave --case out")
+    return run_train(arguments.case or TRAIN_CASES, arguments.tiny, arguments.json)
 
 
 def _compare(arguments: argparse.Namespace, load: Callable) -> int:
@@ -119,6 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     vae.add_argument("--case", nargs="+", default=VAE_CASES, metavar="CASE", help='such as "decode 93x640x640"')
     vae.add_argument("--memory", type=memory_size, metavar="BYTES|auto", help="what ours may hold (auto: what is free)")
     vae.add_argument("--json", type=Path, default=RESULTS, metavar="DIR", help="where results go (bench/results)")
+
+    train = add("train", _train, "a training step of the whole model beside the usual ones, on a GPU; --tiny: on a CPU")
+    train.add_argument("--case", nargs="+", metavar="TxHxW", help=f"clips in pixels ({' '.join(TRAIN_CASES)})")
+    train.add_argument("--tiny", action="store_true", help="the tiny preset on the CPU, beside a plain loop")
+    train.add_argument("--json", type=Path, default=RESULTS, metavar="DIR", help="where results go (bench/results)")
 
     compare = add("compare", _compare, "two result files of run, or two of static: what changed")
     compare.add_argument("before", type=Path, metavar="A.json")

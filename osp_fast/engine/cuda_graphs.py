@@ -155,6 +155,11 @@ class GraphedBuckets:
             self._gradients = []
         return choices
 
+    @property
+    def size(self) -> int:
+        """Bytes of the device that graphs hold; PyTorch counts them as reserved, not as allocated."""
+        return sum(captured.graph.size for captured in self._captured.values())
+
     def start_step(self) -> None:
         """Before a step's first micro-batch: where there are graphs, gradients are zero, in the tensors they add to."""
         if self._gradients:
@@ -182,7 +187,7 @@ class GraphedBuckets:
 
         seconds, need: of the bucket without a graph, bytes beside gradients; others: that a bucket without one needs
         """
-        missing = max(0, need - sum(choice.graph.size for choice in self._captured.values()))
+        missing = max(0, need - self.size)
         free = round(ROOM * self._machine.available_bytes())
         if not self._always and missing + others > free:
             why = f"{gib(missing)} for it and {gib(others)} for other buckets are more than the {gib(free)} to be had"

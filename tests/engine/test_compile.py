@@ -143,8 +143,7 @@ def one_rank():
 
 def test_hooks_of_fsdp_stay_outside(one_rank):
     expected = gradients(make_dit(4))
-    dit = compile_blocks(make_dit(4, Level.NOTHING), buckets=1, backend=as_traced)
-    shard_dit(dit, one_rank)
+    dit = compile_blocks(shard_dit(make_dit(4, Level.NOTHING), one_rank), 1, as_traced)
     counter = RecompileCounter()
     for _ in range(2):
         for found, gradient in zip(gradients(dit), expected, strict=True):
