@@ -45,8 +45,8 @@ def check_compiler(device: torch.device) -> None:
 def compile_blocks(dit: DiT, buckets: int, backend: str | Callable = "inductor") -> DiT:
     """Compile every block's forward, at its first use for each size. Returns the model.
 
-    To be called after `recompute_blocks` and `use_attention`; FSDP may have wrapped the blocks by then, or do it later. A
-    copy of the model by `copy.deepcopy` would run this one's blocks: it is to be built anew instead.
+    To be called after `recompute_blocks` and `use_attention`; FSDP may have wrapped the blocks by then, or do so later.
+    A copy of the model by `copy.deepcopy` would run this one's blocks: it is to be built anew instead.
 
     buckets: how many sizes of micro-batches there will be; a block that meets many more raises `UserError` rather than
     being run uncompiled. `backend` is torch.compile's.
