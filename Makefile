@@ -19,7 +19,8 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile -m "not alone"
+	$(VENV)/bin/python -m pytest -m alone
 
 clean:
 	rm -rf $(VENV) build demo tiny

@@ -37,7 +37,7 @@ setup(
         "nvidia-ml-py",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff", "peft"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "peft"],
         "lora": ["peft"],
         "optimizers": ["torchao"],
         "flash": ["flash-attn"],

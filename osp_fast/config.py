@@ -202,7 +202,7 @@ class RunConfig:
     profile: int | None = flag(None, "write a trace of this many steps to --output_dir/profile", at_least=1)
     hang_factor: float = flag(10.0, "a step that takes this many times the median is a hang; 0: never", at_least=0)
     hang_seconds: float = flag(300.0, "no step shorter than this is a hang, seconds", above=0)
-    start_timeout: float = flag(600.0, "seconds to wait for every rank at the start, and in a collective", above=0)
+    start_timeout: float = flag(600.0, "seconds to wait for every rank at the start", above=0)
     shard_size: int | None = flag(
         None, "GPUs that share one copy of the weights; groups of them hold copies (default: all)", at_least=1
     )

@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from osp_fast.assets.build import ensure_tiny
 from osp_fast.cli import parse_train
-from osp_fast.config import TINY_FOLDER, TrainConfig, as_dict
+from osp_fast.config import TINY_FOLDER, RunConfig, TrainConfig, as_dict
 from osp_fast.data.buckets import Plan, load_plan
 from osp_fast.data.dataset import ClipLoader
 from osp_fast.data.latent_cache import LatentCache
@@ -49,11 +50,13 @@ from osp_fast.training.metrics import MetricsLog
 from osp_fast.training.output import prepare_output
 from osp_fast.training.place import BatchSizes, batch_sizes, plan_summary, starting_point, steps_per_epoch
 from osp_fast.training.prepare import BatchFeed, BatchMaker
-from osp_fast.training.speed import Rehearsal, bound_vae, compiles, set_up
+from osp_fast.training.speed import bound_vae, compiles, set_up
 from osp_fast.training.state import TrainerState
 from osp_fast.training.step import DenoisingLoss
-from osp_fast.training.watchdog import Watchdog
+from osp_fast.training.watchdog import PHASE_FACTOR, Watchdog
 from osp_fast.validation import ValidationSampler, add_to_board
+
+Tell = Callable[[str], None]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,12 +68,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             dry_run(config, None if plan is None else {b: len(clips) for b, clips in plan.buckets.items()}, say)
         return
     refuse_sequence_parallelism(config.run)
-    with open_world(config.run.device, config.run.start_timeout, say) as world:
-        if config.run.preset == "tiny" and world.ranks.local_rank == 0:
-            ensure_tiny(TINY_FOLDER)
+    with open_world(config.run.device, config.run.start_timeout, longest_wait(config.run), say) as world:
+        with world.together():
+            if config.run.preset == "tiny" and world.ranks.local_rank == 0:
+                ensure_tiny(TINY_FOLDER)
         code = train(config, world)
     if code:
         sys.exit(code)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts and ends: its clips and batches, its place, the checkpoint that it goes on from, if any."""
+
+    plan: Plan
+    sizes: BatchSizes
+    cache: LatentCache | None
+    state: TrainerState
+    checkpoint: Path | None
+    total_steps: int
 
 
 def train(config: TrainConfig, world: World) -> int:
@@ -79,11 +95,21 @@ def train(config: TrainConfig, world: World) -> int:
     Raises:
         UserError: anything that the user has to mend.
     """
-    run, device = config.run, world.device
     tell = say if world.is_first else lambda line: None
+    start = find_start(config, world, tell)
+    if start.state.step >= start.total_steps:
+        done = f"{start.checkpoint} is already at step {start.state.step} of {start.total_steps}"
+        tell(f"{done}: raise --max_train_steps to train further")
+        return 0
+    return run_steps(config, world, start, tell)
+
+
+def find_start(config: TrainConfig, world: World, tell: Tell) -> Start:
+    """Look at everything that is cheap to look at, so that what is wrong is told at once. Raises `UserError`."""
+    run = config.run
     with world.together():
         check_folders(config.model)
-        resolve_attention(config.model.attention, device, compute_dtype(config.model))
+        resolve_attention(config.model.attention, world.device, compute_dtype(config.model))
     with world.together():
         checkpoint = prepare_output(config, tell) if world.is_first else None
     checkpoint = world.gather(checkpoint)[0]
@@ -97,82 +123,73 @@ def train(config: TrainConfig, world: World) -> int:
         state = starting_point(config, plan, sizes, checkpoint, tell)
         if world.is_first:
             save_settings(config)
-    total_steps = run.max_train_steps or run.num_train_epochs * steps_per_epoch(plan, sizes, config.data.group_data)
-    if state.step >= total_steps:
-        tell(f"{checkpoint} is already at step {state.step} of {total_steps}: raise --max_train_steps to train further")
-        return 0
-    return run_steps(config, world, plan, sizes, cache, state, checkpoint, total_steps, tell)
+    steps = run.max_train_steps or run.num_train_epochs * steps_per_epoch(plan, sizes, config.data.group_data)
+    return Start(plan, sizes, cache, state, checkpoint, steps)
 
 
-def run_steps(
-    config: TrainConfig,
-    world: World,
-    plan: Plan,
-    sizes: BatchSizes,
-    cache: LatentCache | None,
-    state: TrainerState,
-    checkpoint: Path | None,
-    total_steps: int,
-    tell: Callable[[str], None],
-) -> int:
-    """Build the networks and train from `state` to `total_steps`. Returns the exit code. Raises `UserError`."""
-    run, device = config.run, world.device
-    output_dir = Path(run.output_dir)
-    set_precision(config.model)
-    set_determinism(run.deterministic, device)
+@dataclass(frozen=True)
+class Networks:
+    """The DiT's loss, its weights spread over the ranks of `cpu_mesh`, and the frozen networks."""
+
+    loss: DenoisingLoss
+    cpu_mesh: DeviceMesh | None
+    vae: WFVAE
+    text_encoder: TextEncoder | None
+    chinese: bool
+
+
+def build_networks(config: TrainConfig, world: World, start: Start, tell: Tell) -> Networks:
+    """Load or make all networks of a run. Raises `UserError`."""
+    device, cached = world.device, start.cache is not None
     with world.together():
-        dit = build_dit(config, checkpoint, device)
-        vae = build_vae(config.model, dit, device, weights=cache is None)
+        dit = build_dit(config, start.checkpoint, device)
+        vae = build_vae(config.model, dit, device, weights=not cached)
         text = check_text_encoder(config.model, dit)
-        text_encoder = load_text_encoder(config.model, device) if cache is None else None
+        text_encoder = None if cached else load_text_encoder(config.model, device)
     size = sum(parameter.numel() for parameter in dit.parameters()) / 1e6
-    tell(f"{size:.1f} M parameters on {world.size} x {device.type}, {total_steps} steps")
+    tell(f"{size:.1f} M parameters on {world.size} x {device.type}, {start.total_steps} steps")
     tell(f"attention: {dit.attention_summary()}")
-    compiled = compiles(config, plan, device)
-    bound_vae(config.model, device)
     cpu_mesh = spread(dit, config, world)
     objective = DiffusionObjective(config.diffusion, device)
     loss = DenoisingLoss(dit, objective, bf16=compute_dtype(config.model) == torch.bfloat16)
-    progress = Progress(total_steps, first=state.step, quiet=not world.is_first)
-    continued = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
-    metrics = MetricsLog(run, state.step if continued else 0, progress.message) if world.is_first else None
-    maker = BatchMaker(vae, text_encoder, objective, config, device, tell)
+    return Networks(loss, cpu_mesh, vae, text_encoder, text.is_multilingual)
+
+
+def run_steps(config: TrainConfig, world: World, start: Start, tell: Tell) -> int:
+    """Build the networks and train to the end. Returns the exit code. Raises `UserError`."""
+    run, state, device = config.run, start.state, world.device
+    output_dir = Path(run.output_dir)
+    set_precision(config.model)
+    set_determinism(run.deterministic, device)
+    compiled = compiles(config, start.plan, device)
+    bound_vae(config.model, device)
+    networks = build_networks(config, world, start, tell)
     stop = StopSignals()
+    progress = Progress(start.total_steps, first=state.step, quiet=not world.is_first)
+    goes_on = start.checkpoint is not None and start.checkpoint.resolve().parent == output_dir.resolve()
+    metrics = MetricsLog(run, state.step if goes_on else 0, progress.message) if world.is_first else None
     with world.together():
         validate = None
         if run.validation_steps is not None:
-            validate = validation(config, world, plan, vae, text_encoder, metrics, progress, stop)
-        trainer = Trainer(config, world, loss, state, checkpoint, total_steps, progress, cpu_mesh, validate)
-    rehearsal = Rehearsal(maker, loss, dit.config.caption_channels, compute_dtype(config.model))
-    gradient_bytes = sum(local.nbytes for local in trainer.shards.local)
-    trainer.recompiled, trainer.graphs = set_up(config, dit, plan, sizes, world, rehearsal, gradient_bytes, compiled, tell)
-    loader = ClipLoader(
-        plan,
-        config.data,
-        seed=run.seed,
-        global_batch_size=sizes.for_order,
-        drop_caption=config.diffusion.cfg,
-        chinese=text.is_multilingual,
-        rejects=RejectLog(output_dir / rank_file("rejects", world), config.data.max_bad_samples),
-        cache=cache,
-        rank=world.rank,
-        world_size=world.size,
-        epoch=state.epoch,
-        first_batch=state.batch,
-        # With others about, all decide together, before a step.
-        stopped=lambda: world.alone and stop.received is not None,
-    )
-    feed = BatchFeed(loader, maker, state.step, sizes.accumulation)
+            validate = validation(config, world, start.plan, networks, metrics, progress, stop)
+        trainer = Trainer(
+            config,
+            world,
+            networks.loss,
+            state,
+            start.checkpoint,
+            start.total_steps,
+            progress,
+            networks.cpu_mesh,
+            validate,
+        )
+    maker = BatchMaker(networks.vae, networks.text_encoder, networks.loss.objective, config, device, tell)
+    trainer.recompiled, trainer.graphs = set_up(config, trainer, maker, start.plan, start.sizes, compiled, tell)
+    loader = make_loader(config, world, start, networks.chinese, stop)
+    feed = BatchFeed(loader, maker, state.step, start.sizes.accumulation)
     heartbeats = None if world.alone else Heartbeats(world.store.clone(), world.rank, world.size)
-    watchdog = Watchdog(
-        output_dir,
-        world.rank,
-        run.hang_factor,
-        run.hang_seconds,
-        loader.describe,
-        heartbeats,
-        step=state.step,
-    )
+    limits = (run.hang_factor, run.hang_seconds)
+    watchdog = Watchdog(output_dir, world.rank, *limits, loader.describe, heartbeats, step=state.step)
     try:
         with stop, watchdog:
             last = trainer.run(feed, metrics, stop, watchdog)
@@ -182,24 +199,45 @@ def run_steps(
             " --activation_memory, --vae_memory, --mixed_precision bf16 or a smaller --train_batch_size"
         ) from error
     finally:
+        trainer.close()
         progress.close()
         if metrics is not None:
             metrics.close()
         loader.close()
         feed.close()
-    if state.step < total_steps:
+    if state.step < start.total_steps:
         tell(f"{stop.received.name}: stopped after step {state.step}; go on with --resume_from_checkpoint {last}")
         return stop.exit_code
-    tell(f"trained {state.step} steps: {last}\nsample from it: {sample_command(config, plan, last)}")
+    tell(f"trained {state.step} steps: {last}\nsample from it: {sample_command(config, start.plan, last)}")
     return 0
+
+
+def make_loader(config: TrainConfig, world: World, start: Start, chinese: bool, stop: StopSignals) -> ClipLoader:
+    """This rank's clips, from the start's place on."""
+    rejects = Path(config.run.output_dir) / rank_file("rejects", world)
+    return ClipLoader(
+        start.plan,
+        config.data,
+        seed=config.run.seed,
+        global_batch_size=start.sizes.for_order,
+        drop_caption=config.diffusion.cfg,
+        chinese=chinese,
+        rejects=RejectLog(rejects, config.data.max_bad_samples),
+        cache=start.cache,
+        rank=world.rank,
+        world_size=world.size,
+        epoch=start.state.epoch,
+        first_batch=start.state.batch,
+        # With others about, all decide together, before a step.
+        stopped=lambda: world.alone and stop.received is not None,
+    )
 
 
 def validation(
     config: TrainConfig,
     world: World,
     plan: Plan,
-    vae: WFVAE,
-    text_encoder: TextEncoder | None,
+    networks: Networks,
     metrics: MetricsLog | None,
     progress: Progress,
     stop: StopSignals,
@@ -210,8 +248,8 @@ def validation(
         config,
         plan,
         world.device,
-        vae,
-        text_encoder,
+        networks.vae,
+        networks.text_encoder,
         writes=world.is_first,
         report=progress.message,
         on_clip=partial(add_to_board, board) if board is not None else lambda *clip: None,
@@ -226,6 +264,11 @@ def spread(dit: DiT, config: TrainConfig, world: World) -> DeviceMesh | None:
     mesh = make_mesh(world.device.type, world.size, config.run.shard_size)
     shard_dit(dit, mesh, compute_dtype(config.model))
     return mesh if world.device.type == "cpu" else make_mesh("cpu", world.size, config.run.shard_size)
+
+
+def longest_wait(run: RunConfig) -> float:
+    """Seconds that a collective may take: so long that the watchdog, which names the rank, comes first."""
+    return max(run.start_timeout, 2 * PHASE_FACTOR * run.hang_seconds) if run.hang_factor > 0 else run.start_timeout
 
 
 def rank_file(stem: str, world: World) -> str:

@@ -3,6 +3,8 @@
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: the suite runs them on CPU tensors
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: each core has a worker of its own
 
 import triton.language as tl
 from hypothesis import settings

@@ -125,11 +125,13 @@ class World:
 
 
 @contextmanager
-def open_world(device_name: str, timeout_s: float, report: Callable[[str], None]) -> Iterator[World]:
+def open_world(
+    device_name: str, timeout_s: float, collective_s: float, report: Callable[[str], None]
+) -> Iterator[World]:
     """Join the run's other processes, see that all are well (`health.py`), and leave them at the end.
 
     device_name: as `--device` has it; under torchrun auto and cuda are the GPU of LOCAL_RANK
-    timeout_s: of joining and of every collective
+    timeout_s: of joining; collective_s: of every collective afterwards
     report: gets lines on the health of the ranks, on rank 0 only
 
     Raises:
@@ -145,7 +147,7 @@ def open_world(device_name: str, timeout_s: float, report: Callable[[str], None]
         torch.cuda.set_device(device)
     store = open_store(ranks.rank, ranks.size, timeout_s)
     hosts = await_ranks(store, ranks.rank, ranks.size, timeout_s)
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=collective_s)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),

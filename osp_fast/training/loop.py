@@ -157,7 +157,6 @@ class Trainer:
             watchdog.step_done()
         with watchdog.phase("ending"):
             self._learn(records.flush(), metrics)
-            self.profiler.close()
             if state.step < self.total_steps and word == FAULT:
                 self._give_up(fault, saves=state.step > started_at)
             return self.finish()
@@ -270,6 +269,11 @@ class Trainer:
         ema = self.update.ema
         with nullcontext() if ema is None else ema.in_place_of_weights():
             self._validate(self.loss.dit, self.state.step)
+
+    def close(self) -> None:
+        """Write what was profiled, and give the sensors back."""
+        self.profiler.close()
+        self.observer.close()
 
     def _tell_fault(self, wait: bool) -> None:
         fault = self.saver.fault(wait)

@@ -15,8 +15,9 @@ from osp_fast.engine.cuda_graphs import CudaMachine, GraphedBuckets, Inputs, che
 from osp_fast.engine.devices import H100, find_device
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
-from osp_fast.parallel.world import World
+from osp_fast.training.build import compute_dtype
 from osp_fast.training.footprint import VAE_SHARE
+from osp_fast.training.loop import Trainer
 from osp_fast.training.place import BatchSizes, latent_size, video_tokens
 from osp_fast.training.prepare import BatchMaker
 from osp_fast.training.step import DenoisingLoss, MicroBatch, add_gradients
@@ -68,22 +69,23 @@ class Rehearsal:
 
 def set_up(
     config: TrainConfig,
-    dit: DiT,
+    trainer: Trainer,
+    maker: BatchMaker,
     plan: Plan,
     sizes: BatchSizes,
-    world: World,
-    rehearsal: Rehearsal,
-    gradient_bytes: int,
     compiled: bool,
     report: Callable[[str], None],
 ) -> tuple[RecompileCounter, GraphedBuckets | None]:
     """Choose what blocks keep, compile them, run every bucket once, and capture those as CUDA graphs that gain by it.
 
     Returns the counter of what is compiled from then on, and the CUDA graphs, if there are any. To be called by all
-    ranks, when all that lives as long as the run is in memory. gradient_bytes: of this rank.
+    ranks, when all that lives as long as the run is in memory, but gradients.
+
     Raises `UserError` where a bucket does not fit.
     """
+    world, dit = trainer.world, trainer.loss.dit
     device = world.device
+    rehearsal = Rehearsal(maker, trainer.loss, dit.config.caption_channels, compute_dtype(config.model))
     if device.type == "cpu" and config.model.activation_memory is None:
         dit.recompute_blocks(noop_context_fn if config.model.gradient_checkpointing else None)
     else:
@@ -92,7 +94,7 @@ def set_up(
         free = None
         if device.type == "cuda":
             vae = config.model.vae_memory if config.data.latent_cache is None else 0
-            free = memory_allowance(device) - gradient_bytes - vae
+            free = memory_allowance(device) - sum(local.nbytes for local in trainer.shards.local) - vae
         with world.together():
             planned = plan_run(dit.config, config.model, workloads, free, model or H100)
         report(str(planned))

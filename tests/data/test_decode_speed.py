@@ -76,6 +76,7 @@ def ours(decoder: Decoder, path: Path) -> float:
     return time.perf_counter() - start
 
 
+@pytest.mark.alone
 def test_a_clip_costs_little_more_than_its_decoding(clip, capsys):
     with Decoder(timeout_s=120) as decoder:
         ours(decoder, clip)  # the process starts, its memory is laid out

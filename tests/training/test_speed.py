@@ -70,17 +70,16 @@ def test_rehearsing_every_bucket_changes_nothing_and_afterwards_nothing_is_compi
     before = {name: tensor.clone() for name, tensor in loss.dit.state_dict().items()}
     state = torch.random.get_rng_state()
     lines: list[str] = []
-    sizes, world = BatchSizes(dict.fromkeys(BUCKETS, 2), 1, 1), World(Ranks(), CPU)
-    rehearsal = Rehearsal(loss.maker, loss.loss, 8, torch.float32)
+    sizes = BatchSizes(dict.fromkeys(BUCKETS, 2), 1, 1)
+    trainer = SimpleNamespace(world=World(Ranks(), CPU), loss=loss.loss)
     # What is compiled is run as it is: this is about when, not what.
     from osp_fast.engine import compile as engine
 
     honest = engine.compile_blocks
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("osp_fast.training.speed.compile_blocks", lambda dit, n: honest(dit, n, backend="eager"))
-        counter, graphs = set_up(
-            config, loss.dit, Plan(buckets=BUCKETS), sizes, world, rehearsal, 0, True, lines.append
-        )
+        plan = Plan(buckets=BUCKETS)
+        counter, graphs = set_up(config, trainer, loss.maker, plan, sizes, True, lines.append)
     assert [line.split(":")[0] for line in lines if line.startswith("compiling")] == [
         "compiling bucket 1/2",
         "compiling bucket 2/2",
