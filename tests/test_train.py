@@ -292,6 +292,44 @@ def test_a_wrong_environment_is_named(train, monkeypatch, environment, words):
         train()
 
 
+def test_a_long_run_with_all_that_watches_it(assets, tmp_path, monkeypatch, capfd):
+    from osp_fast.train import main
+
+    monkeypatch.setitem(dit_module.DIT_CONFIGS, "tiny", small.SMALL)
+    settings = dict(
+        group_data=True,
+        train_batch_size=None,
+        tokens_per_batch=24,
+        gradient_accumulation_steps=2,
+        max_train_steps=8,
+        checkpointing_steps=1,
+        checkpoints_total_limit=1,
+        checkpoints_keep_every=4,
+        max_skipped_steps=3,
+        validation_steps=4,
+        validation_sampling_steps=2,
+        activation_memory="64MiB",
+        profile=2,
+        hang_factor=50,
+        hang_seconds=60,
+        use_ema=True,
+    )
+    output = tmp_path / "run"
+    switches = ["--no-async_save", "--no-compile", "--no-cuda_graphs", "--validation_prompt", "a red square", "grey"]
+    main([*small.flags(**assets, output=output, **settings), *switches])
+    printed = capfd.readouterr().err
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    assert sorted(path.name for path in (output / "validation").iterdir()) == ["step-4", "step-8"]
+    assert len(list((output / "validation" / "step-4").glob("[01].*"))) == 4  # two clips and what made them
+    assert list((output / "profile").glob("rank-0-steps-6-7.json.gz")) and "profile of steps 6-7" in printed
+    assert "activations: " in printed and "validation: 2 clips of" in printed
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["recompiled"] == 0 and line["memory_peak_gib"] > 0 for line in lines)
+    # Buckets of 4 to 18 tokens: from 2 x 6 clips of a picture to 2 x 1 of the widest video.
+    samples = [line["samples_seen"] for line in lines]
+    assert {after - before for before, after in zip([0, *samples], samples, strict=False)} <= {12, 8, 4, 2}
+
+
 def test_a_slow_reader_is_waited_for_and_told(train, monkeypatch):
     from osp_fast.data.dataset import ClipLoader
 

@@ -39,14 +39,18 @@ def compiles(config: TrainConfig, plan: Plan, device: torch.device) -> bool:
 
     Raises `UserError` where they cannot be.
     """
-    one_size = config.data.group_data or len(plan.buckets) == 1
-    if config.model.compile is None:
-        return device.type == "cuda" and one_size
-    if config.model.compile and not one_size:
+    few, wanted = has_few_sizes(config, plan), config.model.compile
+    if wanted and not few:
         raise UserError("--compile makes a graph for each size of batch: add --group_data, so that there are few")
-    if config.model.compile:
+    compiled = device.type == "cuda" and few if wanted is None else wanted
+    if compiled:
         check_compiler(device)
-    return config.model.compile
+    return compiled
+
+
+def has_few_sizes(config: TrainConfig, plan: Plan) -> bool:
+    """Whether all micro-batches of a bucket have one size, and so there are no more sizes than buckets."""
+    return config.data.group_data or len(plan.buckets) == 1
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,9 @@ def set_up(
         warm_up(dit, list(buckets), lambda bucket: rehearsal(buckets[bucket], bucket.clips), report)
         counter.reset()
     graphs = None
-    one_size = config.data.group_data or len(plan.buckets) == 1
-    if check_cuda_graphs(config.model.cuda_graphs, device, world.size) and one_size:
+    if config.model.cuda_graphs and not has_few_sizes(config, plan):
+        raise UserError("--cuda_graphs makes a graph for each size of batch: add --group_data, so that there are few")
+    if check_cuda_graphs(config.model.cuda_graphs, device, world.size) and has_few_sizes(config, plan):
         graphs = capture(dit, sizes, rehearsal, config.model.cuda_graphs is True, report)
     return counter, graphs
 

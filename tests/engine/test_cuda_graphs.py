@@ -180,7 +180,7 @@ def test_graphs_leave_room_for_buckets_without_one():
 )
 def test_what_cannot_be_captured_is_told_or_refused(fault, words):
     lines = []
-    layer, graphs = make(FakeMachine(**SMALL_GAINS, fault=fault))
+    _, graphs = make(FakeMachine(**SMALL_GAINS, fault=fault))
     assert not graphs.choose(buckets(8), False, lines.append)[0].kept
     assert lines == [f"CUDA graph of 1x8x8, 8 clips: not captured, {words}"]
     with pytest.raises(UserError) as refused:
