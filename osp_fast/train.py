@@ -47,7 +47,7 @@ from osp_fast.training.dry_run import dry_run
 from osp_fast.training.guards import StopSignals, refuse_sequence_parallelism
 from osp_fast.training.loop import Trainer
 from osp_fast.training.metrics import MetricsLog
-from osp_fast.training.output import prepare_output
+from osp_fast.training.output import check_shared, prepare_output
 from osp_fast.training.place import BatchSizes, batch_sizes, plan_summary, starting_point, steps_per_epoch
 from osp_fast.training.prepare import BatchFeed, BatchMaker
 from osp_fast.training.speed import bound_vae, compiles, set_up
@@ -113,6 +113,7 @@ def find_start(config: TrainConfig, world: World, tell: Tell) -> Start:
     with world.together():
         checkpoint = prepare_output(config, tell) if world.is_first else None
     checkpoint = world.gather(checkpoint)[0]
+    check_shared(Path(run.output_dir), world)
     for group, values in as_dict(config).items():
         tell(f"{group}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
     with world.together():
@@ -167,7 +168,8 @@ def run_steps(config: TrainConfig, world: World, start: Start, tell: Tell) -> in
     stop = StopSignals()
     progress = Progress(start.total_steps, first=state.step, quiet=not world.is_first)
     goes_on = start.checkpoint is not None and start.checkpoint.resolve().parent == output_dir.resolve()
-    metrics = MetricsLog(run, state.step if goes_on else 0, progress.message) if world.is_first else None
+    with world.together():
+        metrics = MetricsLog(run, state.step if goes_on else 0, progress.message) if world.is_first else None
     with world.together():
         validate = None
         if run.validation_steps is not None:
@@ -177,12 +179,14 @@ def run_steps(config: TrainConfig, world: World, start: Start, tell: Tell) -> in
             world,
             networks.loss,
             state,
-            start.checkpoint,
             start.total_steps,
             progress,
             networks.cpu_mesh,
             validate,
         )
+    if start.checkpoint is not None:
+        with world.together():
+            trainer.load(start.checkpoint)
     maker = BatchMaker(networks.vae, networks.text_encoder, networks.loss.objective, config, device, tell)
     trainer.recompiled, trainer.graphs = set_up(config, trainer, maker, start.plan, start.sizes, compiled, tell)
     loader = make_loader(config, world, start, networks.chinese, stop)

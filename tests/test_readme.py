@@ -12,7 +12,7 @@ from osp_fast.cli import reconstruct_parser, sample_parser, train_parser
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
-OF_TORCHRUN = {"--nproc-per-node"}
+OF_TORCHRUN = {"--nproc-per-node", "--shutdown-timeout", "--signals-to-handle"}
 
 
 def commands() -> list[str]:

@@ -115,12 +115,16 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let a `UserError` within the block be raised on every rank; all ranks must enter it."""
+        """Let a `UserError` within the block, or a lack of GPU memory, be raised on every rank; all must enter it."""
         fault = None
         try:
             yield
         except UserError as error:
             fault = str(error)
+        except torch.OutOfMemoryError as error:
+            if self.alone:
+                raise
+            fault = f"out of memory: {str(error).splitlines()[0]}"
         self.first_fault(fault)
 
 
@@ -128,7 +132,9 @@ class World:
 def open_world(
     device_name: str, timeout_s: float, collective_s: float, report: Callable[[str], None]
 ) -> Iterator[World]:
-    """Join the run's other processes, see that all are well (`health.py`), and leave them at the end.
+    """Join the run's other processes, see that all are well (`health.py`), and leave them at a good end.
+
+    After an error they are not taken leave of: NCCL would wait for the others, and the error never be printed.
 
     device_name: as `--device` has it; under torchrun auto and cuda are the GPU of LOCAL_RANK
     timeout_s: of joining; collective_s: of every collective afterwards
@@ -139,12 +145,13 @@ def open_world(
     """
     ranks = Ranks.from_environment()
     device = rank_device(device_name)
+    if device.type == "cuda":  # threads, streams and events must all mean this one
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
     if ranks.size == 1:
         yield World(ranks, device)
         return
     os.environ.setdefault(*FLIGHT_RECORDER)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     store = open_store(ranks.rank, ranks.size, timeout_s)
     hosts = await_ranks(store, ranks.rank, ranks.size, timeout_s)
     timeout = timedelta(seconds=collective_s)
@@ -156,11 +163,9 @@ def open_world(
         world_size=ranks.size,
         device_id=device if device.type == "cuda" else None,
     )
-    try:
-        health = timed_all_reduce(ranks.rank, ranks.size, device, store, hosts, timeout_s)
-        if ranks.rank == 0:
-            for line in health.lines():
-                report(line)
-        yield World(ranks, device, dist.new_group(backend="gloo", timeout=timeout), store)
-    finally:
-        dist.destroy_process_group()
+    health = timed_all_reduce(ranks.rank, ranks.size, device, store, hosts, timeout_s)
+    if ranks.rank == 0:
+        for line in health.lines():
+            report(line)
+    yield World(ranks, device, dist.new_group(backend="gloo", timeout=timeout), store)
+    dist.destroy_process_group()

@@ -123,8 +123,9 @@ def load_optimizer(folder: Path, optimizer: Optimizer, shards: LocalShards, worl
     """
     fix = "resume from another checkpoint, or start a new run with --pretrained"
     place = folder / OPTIMIZER_FOLDER
-    if not any(place.glob("*.safetensors")):
-        raise UserError(f"{place} holds no optimizer's state: {fix}")
+    with world.together():
+        if not any(place.glob("*.safetensors")):
+            raise UserError(f"{place} holds no optimizer's state: {fix}")
     steps = step_tensors(optimizer)
     tensors = {"step": steps[0], **state_tensors(optimizer, shards)}
     try:

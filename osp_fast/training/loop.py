@@ -38,6 +38,7 @@ from osp_fast.training.watchdog import Watchdog
 
 # What a rank says before each step; the greatest word of all ranks is done.
 GO, END, STOP, FAULT = range(4)
+LAST_WRITE_S = 600.0  # for a checkpoint on its way when an error ends the run; other ranks may have gone
 
 
 @dataclass
@@ -47,6 +48,7 @@ class StepNote:
     step: int
     batch: StepBatch
     learning_rate: float
+    samples_seen: int
     pace: dict[str, float]
 
 
@@ -56,13 +58,12 @@ class Trainer:
     Args:
         loss: of the DiT, whose weights are spread over the ranks of `mesh` if there are several.
         state: the place to go on from.
-        checkpoint: the folder to go on from, whose state is `state`; its `model` is already in the DiT.
         total_steps: optimizer steps of the whole run.
         cpu_mesh: the same ranks as CPUs; None in a run of one process.
         validate: what `--validation_steps` asks for, given the DiT and the steps done; all ranks call it together.
 
     Raises:
-        UserError: the checkpoint's tensors do not load strictly.
+        UserError: the optimizer that is asked for cannot be had.
     """
 
     def __init__(
@@ -71,7 +72,6 @@ class Trainer:
         world: World,
         loss: DenoisingLoss,
         state: TrainerState,
-        checkpoint: Path | None,
         total_steps: int,
         progress: Progress,
         cpu_mesh: DeviceMesh | None = None,
@@ -102,12 +102,18 @@ class Trainer:
             keep_every=run.checkpoints_keep_every,
             background=run.async_save,
         )
-        if checkpoint is not None:
-            load_optimizer(checkpoint, optimizer, self.shards, world)
-            # Without updates there is either no average in the checkpoint, or one that equals the weights.
-            if ema is not None and state.ema_updates > 0:
-                ema.load(_saved_average(checkpoint, loss.dit), state.ema_updates)
-            self.saver.saved = checkpoint
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint, whose `model` is in the DiT already; all ranks must call it.
+
+        Raises:
+            UserError: its tensors do not load strictly.
+        """
+        load_optimizer(checkpoint, self.update.optimizer, self.shards, self.world)
+        # Without updates there is either no average in the checkpoint, or one that equals the weights.
+        if self.update.ema is not None and self.state.ema_updates > 0:
+            self.update.ema.load(_saved_average(checkpoint, self.loss.dit), self.state.ema_updates)
+        self.saver.saved = checkpoint
 
     def run(
         self,
@@ -135,7 +141,8 @@ class Trainer:
                 break
             batch, made = item
             watchdog.step_started(state.step + 1, [str(clip.path) for clip in batch.clips])
-            note = StepNote(state.step + 1, batch, self.learning_rate(state.step), {})
+            samples_seen = state.samples_seen + batch.size
+            note = StepNote(state.step + 1, batch, self.learning_rate(state.step), samples_seen, {})
             due = records.put(note, self.step(made, note.learning_rate))
             self._advance(batch)
             self.pace.add(made, time.monotonic() - started, batch.wait_s)
@@ -227,7 +234,7 @@ class Trainer:
                         skipped=self.guard.skipped,
                         recompiled=0 if self.recompiled is None else self.recompiled.count,
                         **self.observer(),
-                        samples_seen=self.state.samples_seen,
+                        samples_seen=note.samples_seen,
                         time=time.time(),
                     )
                 )
@@ -271,7 +278,8 @@ class Trainer:
             self._validate(self.loss.dit, self.state.step)
 
     def close(self) -> None:
-        """Write what was profiled, and give the sensors back."""
+        """Let a checkpoint on its way arrive, write what was profiled, and give the sensors back."""
+        self.saver.close(LAST_WRITE_S if self.world.alone else LAST_WRITE_S / 10)
         self.profiler.close()
         self.observer.close()
 

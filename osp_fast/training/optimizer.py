@@ -128,7 +128,9 @@ def state_tensors(optimizer: Optimizer, shards: LocalShards) -> dict[str, Tensor
     known = states(optimizer)
     tensors: dict[str, Tensor] = {}
     for index, (name, local) in enumerate(zip(shards.names, shards.local, strict=True)):
-        state = known.get(local) or dict.fromkeys(MOMENTS, torch.empty_like(local))  # of an empty part
+        state = known.get(local)
+        if state is None:  # this rank has no part of it
+            continue
         for key in MOMENTS:
             if hasattr(state[key], "__tensor_flatten__"):
                 parts, _ = state[key].__tensor_flatten__()

@@ -1,10 +1,13 @@
 """`--output_dir` before the first step: made, tidied, and which checkpoint the run goes on from."""
 
+import socket
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from osp_fast.config import TrainConfig
 from osp_fast.errors import UserError
+from osp_fast.parallel.world import World
 from osp_fast.training.checkpoint import find_checkpoint, list_checkpoints, remove_leftovers
 
 
@@ -38,3 +41,27 @@ def prepare_output(config: TrainConfig, notify: Callable[[str], None]) -> Path |
                 " move it away, or choose another --output_dir"
             )
     return checkpoint
+
+
+def check_shared(output_dir: Path, world: World) -> None:
+    """See that all ranks have the same `--output_dir`: each writes its part of a checkpoint there. All must call it.
+
+    Raises:
+        UserError: a rank does not see what the first one writes.
+    """
+    if world.alone:
+        return
+    token = output_dir / f".shared-{world.gather(uuid.uuid4().hex)[0]}"
+    with world.together():
+        if world.is_first:
+            token.touch()
+    try:
+        with world.together():
+            if not token.exists():
+                raise UserError(
+                    f"--output_dir {output_dir} on {socket.gethostname()} is not that of rank 0: name a folder"
+                    " on a disk that all machines share"
+                )
+    finally:
+        if world.is_first:
+            token.unlink(missing_ok=True)

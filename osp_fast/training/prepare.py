@@ -173,6 +173,7 @@ class BatchFeed:
         if maker.device.type == "cuda":
             self._made = queue.Queue(maxsize=1)
             self._stream = torch.cuda.Stream(maker.device)
+            self._stream.wait_stream(torch.cuda.current_stream(maker.device))  # until the networks are there
             self._thread = threading.Thread(target=self._run, daemon=True, name="prepare")
             self._thread.start()
 
@@ -200,10 +201,10 @@ class BatchFeed:
         return batch, made
 
     def _run(self) -> None:
-        torch.cuda.set_device(self._maker.device)
         more = True
         while more and not self._closed.is_set():
             try:
+                torch.cuda.set_device(self._maker.device)
                 with torch.cuda.stream(self._stream):
                     item = self._make()
                     ready = self._stream.record_event()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,7 +21,7 @@ from osp_fast.files import sync
 from osp_fast.models.dit import DiT
 from osp_fast.models.lora import has_lora, lora_size, lora_state, save_lora
 from osp_fast.models.weights import SHARD_BYTES, plan_files, write_index, write_weights_file
-from osp_fast.parallel.shards import LocalShards, gather_state, on_cpu
+from osp_fast.parallel.shards import LocalShards, gather_state, local_part, on_cpu
 from osp_fast.parallel.world import World
 from osp_fast.training.checkpoint import (
     OPTIMIZER_FOLDER,
@@ -38,7 +37,7 @@ from osp_fast.training.state import FILE_NAME as STATE_FILE
 from osp_fast.training.state import TrainerState, write_state
 
 LEAST_FILE_BYTES = 256 << 20  # smaller files of weights are not worth a rank of their own
-WRITE_ERRORS = (OSError, SafetensorError, CheckpointException, RuntimeError)
+STATE_FILE_BYTES = 1 << 30  # of the optimizer's state: a file is made in memory before it is written
 
 
 @dataclass
@@ -135,6 +134,7 @@ class Saver:
         self._background = background
         self._thread: threading.Thread | None = None
         self._fault: str | None = None
+        self._digests: dict[str, str] = {}
         self.saved: Path | None = None
         self.seconds = 0.0  # that the last one took to write
 
@@ -159,15 +159,25 @@ class Saver:
         fault, self._fault = self._fault, None
         return fault
 
+    def close(self, seconds: float) -> None:
+        """Give what is being written so long to arrive; whether it did is not asked."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
     def _run(self, snapshot: Snapshot, prune: bool) -> None:
+        if self._world.device.type == "cuda":  # a new thread's is the first one
+            torch.cuda.set_device(self._world.device)
         final = self._output_dir / f"checkpoint-{snapshot.state.step}"
         writing = self._output_dir / (WRITING + final.name)
         started = time.monotonic()
         self._fault = None
         try:
-            for part in (self._begin, self._write_models, self._write_optimizer):
+            for part in (self._begin, self._write_models, self._write_optimizer, self._hash):
                 self._on_all_ranks(part, snapshot, writing)
-            self._on_first_rank(self._publish, snapshot.state, writing, final)
+            digests: dict[str, str] = {}
+            for of_rank in self._world.gather(self._digests, self._world.files):
+                digests.update(of_rank)
+            self._on_first_rank(self._publish, snapshot.state, digests, writing, final)
             self.saved = final
             self.seconds = time.monotonic() - started
         except _Fault as fault:
@@ -192,7 +202,7 @@ class Saver:
         fault = None
         try:
             part(*arguments)
-        except WRITE_ERRORS as error:
+        except (Exception, CheckpointException) as error:  # the latter is none; the others wait for this rank's word
             fault = (str(error).strip() or type(error).__name__).splitlines()[-1]
         for rank, found in enumerate(self._world.gather(fault, self._world.files)):
             if found is not None:
@@ -220,19 +230,35 @@ class Saver:
                 save_lora(writing / name, adapters, *lora_size(self._dit), self._recipe)
 
     def _write_optimizer(self, snapshot: Snapshot, writing: Path) -> None:
+        writer = dcp.HuggingFaceStorageWriter(
+            str(writing / OPTIMIZER_FOLDER), _files_of(snapshot.optimizer), save_distributed=True
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no other ranks are there
             dcp.save(
                 snapshot.optimizer,
-                storage_writer=dcp.HuggingFaceStorageWriter(str(writing / OPTIMIZER_FOLDER), save_distributed=True),
+                storage_writer=writer,
                 process_group=self._world.files,
                 no_dist=self._world.alone,
             )
 
-    def _publish(self, state: TrainerState, writing: Path, final: Path) -> None:
+    def _hash(self, snapshot: Snapshot, writing: Path) -> None:
+        """Of the files that this rank has written."""
+        files = [writing / name / file for name, model in snapshot.models.items() for file in model.tensors]
+        # As PyTorch names them.
+        files += (writing / OPTIMIZER_FOLDER).glob(f"shard-{self._world.rank + 1:05d}-*.safetensors")
+        if self._world.is_first:
+            folders = [writing / name for name in (*snapshot.models, *snapshot.adapters)]
+            files += [path for folder in folders for path in folder.iterdir() if path.suffix == ".json"]
+            files += [path for name in snapshot.adapters for path in (writing / name).glob("*.safetensors")]
+        self._digests = hash_files(writing, files)
+
+    def _publish(self, state: TrainerState, digests: dict[str, str], writing: Path, final: Path) -> None:
         write_state(writing / STATE_FILE, state)
-        files = [path for path in writing.rglob("*") if path.is_file()]
-        write_manifest(writing, hash_files(writing, files))
+        unseen = [name for name in digests if not (writing / name).is_file()]
+        if unseen:
+            raise FileNotFoundError(f"{unseen[0]}, which another rank has written, is not to be seen here")
+        write_manifest(writing, digests | hash_files(writing, [writing / STATE_FILE]))
         _sync_tree(writing)
         remove_checkpoint(final)  # only an incomplete folder can have this name: later checkpoints are refused
         writing.rename(final)
@@ -242,6 +268,22 @@ class Saver:
         present = dict(list_checkpoints(self._output_dir))
         for step in superfluous(list(present), newest, self._limit, self._keep_every):
             remove_checkpoint(present[step])
+
+
+class _FileNumbers(dict):
+    """Tensor -> number of its file; 1 for those that other ranks alone have (`optimizer.state_tensors`)."""
+
+    def __missing__(self, name: str) -> int:
+        return 1
+
+
+def _files_of(tensors: dict[str, Tensor]) -> _FileNumbers:
+    """Files of about `STATE_FILE_BYTES` each. The first rank's word goes for all."""
+    numbers, held = _FileNumbers(), 0
+    for name, tensor in tensors.items():
+        held += local_part(tensor).nbytes
+        numbers[name] = held // STATE_FILE_BYTES + 1
+    return numbers
 
 
 class _Fault(Exception):

@@ -190,7 +190,7 @@ def test_what_cannot_be_captured_is_told_or_refused(fault, words):
 
 def test_wanted_graphs_are_kept_whatever_they_measure_and_nothing_runs_without():
     machine = FakeMachine(**SMALL_GAINS, free=100)
-    layer, graphs = make(machine)
+    _, graphs = make(machine)
     assert all(choice.kept for choice in graphs.choose(buckets(8, 64), True, print))
     graphs.start_step()
     graphs(micro_batch(64))

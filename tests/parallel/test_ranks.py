@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 from ranks import RankProcesses, run_ranks
-from training import small, train, train_with
+from training import small, train, train_apart, train_with, train_with_a_fault_in_saving
 
 from osp_fast.models.dit import DiT
+from osp_fast.training.checkpoint import verify
 from osp_fast.training.hang_report import EXIT_HANG
 
 BATCH = 4  # clips of a step
@@ -154,3 +155,19 @@ def test_a_rank_that_hangs_is_named_and_ends_all(flags, tmp_path):
     assert "in make" in report and "training.py" in report  # where it hangs
     assert (output / "hang-step-5-rank-0.txt").is_file()
     assert (output / "checkpoint-3" / "SHA256SUMS").is_file()
+
+
+def test_output_folders_that_are_not_shared_are_refused(flags, tmp_path):
+    ranks = RankProcesses(2, tmp_path, train_apart, (str(tmp_path), flags(Path("run"), 2)))
+    assert ranks.codes() == [2, 2], ranks.printed()
+    assert "--output_dir run" in ranks.printed(0) and "on a disk that all machines share" in ranks.printed(0)
+    assert not list(tmp_path.glob("machine-*/run/.shared-*"))
+
+
+def test_any_error_of_one_rank_while_saving_is_told_and_hangs_none(flags, tmp_path):
+    output = tmp_path / "run"
+    ranks = run_ranks(2, tmp_path, train_with_a_fault_in_saving, flags(output, 2))
+    assert "checkpoint-3 could not be written (rank 1: this rank cannot count)" in ranks.printed(0)
+    assert "training goes on" in ranks.printed(0)
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-6"]
+    verify(output / "checkpoint-6")

@@ -43,3 +43,27 @@ def train_with(trouble: str, flags: list[str]) -> None:
 
     BatchMaker.__call__ = make
     train(flags)
+
+
+def train_apart(folder: str, flags: list[str]) -> None:
+    """Each rank in a folder of its own, as machines have them that share no disk."""
+    here = Path(folder, f"machine-{os.environ['RANK']}")
+    here.mkdir()
+    os.chdir(here)
+    train(flags)
+
+
+def train_with_a_fault_in_saving(flags: list[str]) -> None:
+    """The first file of weights that rank 1 is to write is one too many; the error is none that is expected there."""
+    from osp_fast.training import saver
+
+    honest, calls = saver.hash_files, []
+
+    def hash_files(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1 and os.environ["RANK"] == "1":
+            raise ValueError("this rank cannot count")
+        return honest(*arguments)
+
+    saver.hash_files = hash_files
+    train(flags)

@@ -1,6 +1,5 @@
 """Twenty steps are the same, within rounding, whatever computes them."""
 
-
 import pytest
 import torch
 

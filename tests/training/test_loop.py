@@ -58,7 +58,9 @@ def train(make_loss, make_batches):
         stream = io.StringIO()
         progress = Progress(total, stream=stream)
         world = World(Ranks(), torch.device("cpu"))
-        trainer = Trainer(config, world, loss.loss, state, checkpoint, total, progress)
+        trainer = Trainer(config, world, loss.loss, state, total, progress)
+        if checkpoint is not None:
+            trainer.load(checkpoint)
         trainer.clip_loss = loss
         batches = batches or make_batches(3, state.epoch, state.batch)
         metrics = MetricsLog(config.run, state.step, progress.message)
