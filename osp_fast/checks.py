@@ -63,6 +63,10 @@ def check_train(config: TrainConfig) -> list[str]:
         notices.append("--validation_prompt has no effect without --validation_steps")
     if run.checkpoints_keep_every is not None and run.checkpoints_total_limit is None:
         notices.append("--checkpoints_keep_every has no effect without --checkpoints_total_limit: all stay")
+    if config.optimizer.tokens_per_batch is not None and config.optimizer.train_batch_size != 1:
+        notices.append("--train_batch_size has no effect with --tokens_per_batch")
+    if config.model.gradient_checkpointing and config.model.activation_memory is not None:
+        notices.append("--gradient_checkpointing has no effect with --activation_memory, which recomputes what must be")
     if config.model.lora_alpha is not None and config.model.lora_rank is None:
         notices.append("--lora_alpha has no effect without --lora_rank")
     if config.optimizer.tokens_per_batch is not None and not data.group_data:

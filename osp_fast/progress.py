@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TextIO
 
 PLAIN_SECONDS = 5.0
@@ -49,14 +50,15 @@ class Progress:
         if self._quiet:
             return
         if self._bar is not None:
-            self._bar.set_description_str(what, refresh=False)
-            self._bar.set_postfix_str(facts, refresh=False)
-            self._bar.update(done - self._bar.n)
+            with suppress(OSError):
+                self._bar.set_description_str(what, refresh=False)
+                self._bar.set_postfix_str(facts, refresh=False)
+                self._bar.update(done - self._bar.n)
             return
         now = self._clock()
         if milestone or now - self._shown_at >= PLAIN_SECONDS or done == self._total:
             left = duration(self.pace(done) * (self._total - done))
-            print(f"{what}: {facts}, {left} left", file=self._stream, flush=True)
+            say(f"{what}: {facts}, {left} left", self._stream)
             self._shown_at = now
 
     def message(self, text: str) -> None:
@@ -64,14 +66,24 @@ class Progress:
         if self._quiet:
             return
         if self._bar is not None:
-            self._bar.write(text, file=self._stream)
+            with suppress(OSError):
+                self._bar.write(text, file=self._stream)
         else:
-            print(text, file=self._stream, flush=True)
+            say(text, self._stream)
 
     def close(self) -> None:
         """Leave the bar as it is and go to a new line."""
         if self._bar is not None:
             self._bar.close()
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Print a line on stderr or `stream`, at once also into a pipe.
+
+    Where nobody can read it, because a log's disk is full or a pipe's reader has gone, the work goes on without.
+    """
+    with suppress(OSError):
+        print(line, file=stream or sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

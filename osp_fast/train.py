@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from osp_fast.parallel.apply import shard_dit
 from osp_fast.parallel.heartbeats import Heartbeats
 from osp_fast.parallel.mesh import make_mesh
 from osp_fast.parallel.world import Ranks, World, open_world
-from osp_fast.progress import Progress
+from osp_fast.progress import Progress, say
 from osp_fast.training.build import (
     build_dit,
     build_vae,
@@ -47,7 +48,7 @@ from osp_fast.training.dry_run import dry_run
 from osp_fast.training.guards import StopSignals, refuse_sequence_parallelism
 from osp_fast.training.loop import Trainer
 from osp_fast.training.metrics import MetricsLog
-from osp_fast.training.output import check_shared, prepare_output
+from osp_fast.training.output import check_same, check_shared, lock_output, prepare_output
 from osp_fast.training.place import BatchSizes, batch_sizes, plan_summary, starting_point, steps_per_epoch
 from osp_fast.training.prepare import BatchFeed, BatchMaker
 from osp_fast.training.speed import bound_vae, compiles, set_up
@@ -56,6 +57,7 @@ from osp_fast.training.step import DenoisingLoss
 from osp_fast.training.watchdog import PHASE_FACTOR, Watchdog
 from osp_fast.validation import ValidationSampler, add_to_board
 
+FOR_EVER_S = 7 * 86_400.0
 Tell = Callable[[str], None]
 
 
@@ -96,12 +98,16 @@ def train(config: TrainConfig, world: World) -> int:
         UserError: anything that the user has to mend.
     """
     tell = say if world.is_first else lambda line: None
-    start = find_start(config, world, tell)
-    if start.state.step >= start.total_steps:
-        done = f"{start.checkpoint} is already at step {start.state.step} of {start.total_steps}"
-        tell(f"{done}: raise --max_train_steps to train further")
-        return 0
-    return run_steps(config, world, start, tell)
+    with ExitStack() as held:
+        with world.together():
+            if world.is_first:
+                held.enter_context(lock_output(config, tell))
+        start = find_start(config, world, tell)
+        if start.state.step >= start.total_steps:
+            done = f"{start.checkpoint} is already at step {start.state.step} of {start.total_steps}"
+            tell(f"{done}: raise --max_train_steps to train further")
+            return 0
+        return run_steps(config, world, start, tell)
 
 
 def find_start(config: TrainConfig, world: World, tell: Tell) -> Start:
@@ -122,6 +128,8 @@ def find_start(config: TrainConfig, world: World, tell: Tell) -> Start:
         sizes = batch_sizes(plan, config, world.size)
         cache = None if config.data.latent_cache is None else open_cache(config, plan, tell)
         state = starting_point(config, plan, sizes, checkpoint, tell)
+    with world.together():
+        check_same(config, state.data_fingerprint, world)
         if world.is_first:
             save_settings(config)
     steps = run.max_train_steps or run.num_train_epochs * steps_per_epoch(plan, sizes, config.data.group_data)
@@ -272,17 +280,12 @@ def spread(dit: DiT, config: TrainConfig, world: World) -> DeviceMesh | None:
 
 def longest_wait(run: RunConfig) -> float:
     """Seconds that a collective may take: so long that the watchdog, which names the rank, comes first."""
-    return max(run.start_timeout, 2 * PHASE_FACTOR * run.hang_seconds) if run.hang_factor > 0 else run.start_timeout
+    return max(run.start_timeout, 2 * PHASE_FACTOR * run.hang_seconds) if run.hang_factor > 0 else FOR_EVER_S
 
 
 def rank_file(stem: str, world: World) -> str:
     """The name of a file of JSON lines that each rank writes for itself."""
     return f"{stem}.jsonl" if world.alone else f"{stem}-r{world.rank}.jsonl"
-
-
-def say(line: str) -> None:
-    """Print a line for the user on stderr, at once also into a pipe."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def save_settings(config: TrainConfig) -> None:

@@ -37,3 +37,15 @@ def test_a_terminal_gets_a_bar():
 
 def test_duration():
     assert [duration(seconds) for seconds in (0.4, 59.6, 3723)] == ["0:00:00", "0:01:00", "1:02:03"]
+
+
+def test_a_log_that_cannot_be_written_stops_nothing():
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    progress = Progress(3, stream=Full())
+    for step in (1, 2, 3):
+        progress.show(step, f"step {step}/3", "loss 0.5")
+    progress.message("a line")
+    progress.close()

@@ -34,6 +34,7 @@ from osp_fast.training.state import read_state
 
 OPTIMIZER_FOLDER = "optimizer"
 LATEST = "latest"
+NAME = r"checkpoint-(\d+)"
 WRITING = ".writing-"
 REMOVING = ".removing-"
 
@@ -42,14 +43,19 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of each `checkpoint-N` in a folder, oldest first, complete or not."""
     if not output_dir.is_dir():
         return []
-    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.iterdir())
+    named = ((re.fullmatch(NAME, path.name), path) for path in output_dir.iterdir())
     return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
 
 
 def verify(folder: Path) -> None:
     """Raise `UserError` unless a checkpoint is complete and every byte of it is what was written."""
-    read_state(folder / STATE_FILE)
-    verify_manifest(folder)
+    step, named = read_state(folder / STATE_FILE).step, re.fullmatch(NAME, folder.name)
+    if named and int(named[1]) != step:
+        raise UserError(f"{folder} holds step {step}: give it its name back")
+    listed = verify_manifest(folder)
+    for file in (folder / OPTIMIZER_FOLDER).glob("*.safetensors"):
+        if str(file.relative_to(folder)) not in listed:
+            raise UserError(f"{file} is no part of the checkpoint, but would be read: remove it")
 
 
 def find_checkpoint(wanted: str, output_dir: Path, notify: Callable[[str], None]) -> Path | None:

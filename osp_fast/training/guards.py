@@ -13,7 +13,7 @@ from osp_fast.config import RunConfig
 from osp_fast.errors import UserError
 
 SKIPPED_FILE = "skipped.jsonl"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def refuse_sequence_parallelism(run: RunConfig) -> None:
@@ -25,7 +25,7 @@ def refuse_sequence_parallelism(run: RunConfig) -> None:
 
 
 class StopSignals:
-    """Within the block, SIGINT, SIGTERM and SIGUSR1 ask for a stop at the next step boundary.
+    """Within the block, SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask for a stop at the next step boundary.
 
     `received` is the signal, or None. A second SIGINT interrupts at once. Outside the main thread, where Python cannot
     set handlers, nothing is changed.
@@ -37,7 +37,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            # One that is ignored stays so: nohup means it.
+            for number in (number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN):
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -58,7 +59,7 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells report it: 130 for SIGINT, 138 for SIGUSR1, 143 for SIGTERM; else 0."""
+        """128 + the signal's number, as shells report it: SIGHUP 129, SIGINT 130, SIGUSR1 138, SIGTERM 143; else 0."""
         return 128 + self.received if self.received is not None else 0
 
 

@@ -22,7 +22,7 @@ from osp_fast.parallel.heartbeats import WAITING_FOR_RANKS
 from osp_fast.parallel.shards import LocalShards
 from osp_fast.parallel.world import World
 from osp_fast.progress import Progress
-from osp_fast.training.checkpoint import load_optimizer
+from osp_fast.training.checkpoint import list_checkpoints, load_optimizer
 from osp_fast.training.ema import EMA
 from osp_fast.training.guards import NonFiniteGuard, StopSignals, note_skipped
 from osp_fast.training.metrics import MetricsLog
@@ -114,6 +114,8 @@ class Trainer:
         if self.update.ema is not None and self.state.ema_updates > 0:
             self.update.ema.load(_saved_average(checkpoint, self.loss.dit), self.state.ema_updates)
         self.saver.saved = checkpoint
+        present = list_checkpoints(Path(self.config.run.output_dir))
+        self.saver.passed_over = {step for step, _ in present if step > self.state.step}
 
     def run(
         self,
@@ -294,7 +296,8 @@ class Trainer:
         self.save()
         fault = self.saver.fault()
         if fault is not None:
-            raise UserError(f"{fault}, go on from them with --resume_from_checkpoint latest")
+            hint = ", go on from them with --resume_from_checkpoint latest" if self.saver.saved is not None else ""
+            raise UserError(f"{fault}{hint}")
         return self.saver.saved
 
 

@@ -27,8 +27,10 @@ def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
     sync(folder / FILE_NAME)
 
 
-def verify_manifest(folder: Path) -> None:
+def verify_manifest(folder: Path) -> set[str]:
     """Compare a folder with its manifest: every file is there and has the bytes that were written. Others may be there.
+
+    Returns the files that the manifest names.
 
     Raises:
         UserError: a file differs, is missing or cannot be read; or there is no manifest.
@@ -56,6 +58,7 @@ def verify_manifest(folder: Path) -> None:
     for name, digest in wanted.items():
         if found[str(Path(name))] != digest:
             raise UserError(f"{folder / name} is not what was written (its SHA-256 differs from {FILE_NAME}): {fix}")
+    return set(wanted)
 
 
 def _digest(file: Path) -> str:

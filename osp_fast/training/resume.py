@@ -100,7 +100,8 @@ def check_resume(
         UserError: a setting changed that makes the checkpoint's state or its place in the data meaningless.
     """
     was, now = _Settings(state.config, f"{name}/{FILE_NAME}"), _Settings(as_dict(config), "the settings")
-    start_anew = f"to change it, start a new run with --pretrained {name}/model and another --output_dir"
+    weights = f"--pretrained {name}/model and " if was["model.lora_rank"] is None else ""
+    start_anew = f"to change it, start a new run with {weights}another --output_dir"
     for field in ANOTHER_MODEL + OTHER_DATA:
         if was[field] != now[field]:
             raise UserError(f"{name} was trained with {_flag(field)} {was[field]}, not {now[field]}: {start_anew}")
@@ -134,7 +135,9 @@ class _Settings:
     def __getitem__(self, field: str) -> Any:
         group, name = field.split(".")
         try:
-            return self._config[group].get(name, NEWER[field]) if field in NEWER else self._config[group][name]
+            found = self._config[group].get(name, NEWER[field]) if field in NEWER else self._config[group][name]
+            # By default alpha is the rank.
+            return self["model.lora_rank"] if field == "model.lora_alpha" and found is None else found
         except (KeyError, TypeError, AttributeError):
             raise UserError(f"{self._source}: config.{field} is missing: resume from another checkpoint") from None
 

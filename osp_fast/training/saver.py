@@ -136,6 +136,7 @@ class Saver:
         self._fault: str | None = None
         self._digests: dict[str, str] = {}
         self.saved: Path | None = None
+        self.passed_over: set[int] = set()  # steps of damaged checkpoints, which count for nothing and stay
         self.seconds = 0.0  # that the last one took to write
 
     def save(self, snapshot: Snapshot, prune: bool = True) -> None:
@@ -179,11 +180,11 @@ class Saver:
                 digests.update(of_rank)
             self._on_first_rank(self._publish, snapshot.state, digests, writing, final)
             self.saved = final
+            self.passed_over.discard(snapshot.state.step)
             self.seconds = time.monotonic() - started
         except _Fault as fault:
-            self._fault = (
-                f"{final} could not be written ({fault}): make room or choose another --output_dir; the older"
-                " checkpoints are intact"
+            self._fault = f"{final} could not be written ({fault}): make room or choose another --output_dir" + (
+                "; the older checkpoints are intact" if self.saved is not None else ""
             )
             if self._world.is_first:
                 shutil.rmtree(writing, ignore_errors=True)
@@ -265,7 +266,7 @@ class Saver:
         sync(self._output_dir)
 
     def _prune(self, newest: int) -> None:
-        present = dict(list_checkpoints(self._output_dir))
+        present = {step: path for step, path in list_checkpoints(self._output_dir) if step not in self.passed_over}
         for step in superfluous(list(present), newest, self._limit, self._keep_every):
             remove_checkpoint(present[step])
 

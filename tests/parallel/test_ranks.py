@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 from ranks import RankProcesses, run_ranks
-from training import small, train, train_apart, train_with, train_with_a_fault_in_saving
+from training import small, train, train_apart, train_each, train_with, train_with_a_fault_in_saving
 
 from osp_fast.models.dit import DiT
 from osp_fast.training.checkpoint import verify
@@ -171,3 +171,10 @@ def test_any_error_of_one_rank_while_saving_is_told_and_hangs_none(flags, tmp_pa
     assert "training goes on" in ranks.printed(0)
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-6"]
     verify(output / "checkpoint-6")
+
+
+def test_ranks_with_other_flags_are_refused(flags, tmp_path):
+    each = [flags(tmp_path / "run", 2, learning_rate=rate) for rate in (0.01, 0.02)]
+    ranks = RankProcesses(2, tmp_path, train_each, (each,))
+    assert ranks.codes() == [2, 2], ranks.printed()
+    assert "rank 1 was started with --learning_rate 0.02, rank 0 with --learning_rate 0.01" in ranks.printed(0)

@@ -67,3 +67,8 @@ def train_with_a_fault_in_saving(flags: list[str]) -> None:
 
     saver.hash_files = hash_files
     train(flags)
+
+
+def train_each(flags: list[list[str]]) -> None:
+    """Each rank with flags of its own."""
+    train(flags[int(os.environ["RANK"])])

@@ -306,3 +306,26 @@ def test_latest_does_not_start_anew_beside_checkpoints_that_it_cannot_read(tmp_p
     (folder / "trainer_state.json").write_text("{}")
     with pytest.raises(UserError, match=r"no checkpoint in .* is sound .*the field step is missing"):
         find_checkpoint("latest", tmp_path, print)
+
+
+def test_a_checkpoint_under_another_name_or_with_a_stray_part_is_refused(tmp_path, run):
+    folder = run.save(tmp_path, 3)
+    stray = folder / "optimizer" / "shard-00002-model-00001-of-00001.safetensors"
+    stray.touch()
+    with pytest.raises(UserError, match=r"shard-00002.* is no part of the checkpoint"):
+        find_checkpoint("checkpoint-3", tmp_path, print)
+    stray.unlink()
+    folder.rename(tmp_path / "checkpoint-5")
+    with pytest.raises(UserError, match="checkpoint-5 holds step 3: give it its name back"):
+        find_checkpoint("checkpoint-5", tmp_path, print)
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_that_stay(tmp_path, run):
+    for step in (2, 4):
+        run.save(tmp_path, step)
+    saver = Saver(tmp_path, run.dit, RECIPE, ALONE, limit=2, background=False)
+    saver.passed_over = {4}
+    saver.save(run.snapshot(5))
+    assert saver.fault() is None and names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    saver.save(run.snapshot(6))
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]

@@ -11,7 +11,9 @@ from osp_fast.errors import UserError
 from osp_fast.training.guards import NonFiniteGuard, StopSignals, note_skipped, refuse_sequence_parallelism
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+)
 def test_a_signal_is_noted_and_handlers_come_back(number, code):
     before = signal.getsignal(number)
     with StopSignals() as stop:

@@ -24,7 +24,7 @@ from osp_fast.training.guards import StopSignals
 from osp_fast.training.loop import Trainer
 from osp_fast.training.metrics import MetricsLog
 from osp_fast.training.optimizer import state_tensors
-from osp_fast.training.output import prepare_output
+from osp_fast.training.output import lock_output, prepare_output
 from osp_fast.training.prepare import BatchFeed, BatchMaker
 from osp_fast.training.state import TrainerState, read_state
 from osp_fast.training.watchdog import Watchdog
@@ -261,3 +261,9 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(config, train, mon
     with pytest.raises(UserError, match=r"checkpoint-6 could not be written .*go on from them with --resume"):
         train(copy.deepcopy(config), 6, Path(config.run.output_dir) / "checkpoint-4")
     assert checkpoints(config) == ["checkpoint-4"] and len(history(config)) == 6
+
+
+def test_two_runs_do_not_write_to_one_folder(config):
+    with lock_output(config, print), pytest.raises(UserError, match="another run writes to --output_dir"):
+        lock_output(config, print)
+    lock_output(config, print).close()
