@@ -22,6 +22,7 @@ from osp_fast.data.latent_cache import SHARDS, LatentCache, shared_names
 from osp_fast.device import rank_device
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.parallel.world import Ranks
+from osp_fast.progress import say
 from osp_fast.training.build import check_folders, load_text_encoder, load_vae, set_precision
 from osp_fast.training.cached import networks_of
 from osp_fast.training.guards import StopSignals
@@ -88,11 +89,6 @@ def encode(config: TrainConfig, share: Share) -> int:
     if stop.received is not None:
         say(f"{stop.received.name}: stopped; go on with the same command")
     return stop.exit_code
-
-
-def say(line: str) -> None:
-    """Print a line for the user on stderr, at once also into a pipe."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ centre to multiples of 8. The result is written beside it, and its PSNR and SSIM
 """
 
 import json
-import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from osp_fast.models.wfvae import WFVAE
 from osp_fast.models.wfvae_plan import Planner, Task
 from osp_fast.models.wfvae_stream import SPACE_STRIDE, TIME_STRIDE
 from osp_fast.pipeline import pixel_type, to_frames
-from osp_fast.progress import Progress
+from osp_fast.progress import Progress, say
 
 DEFAULT_FPS = 24.0  # of a video that does not say
 
@@ -141,11 +140,6 @@ def taken(pieces: deque[Tensor], frames: int) -> Tensor:
         parts.append(piece)
         frames -= len(piece)
     return torch.cat(parts)
-
-
-def say(line: str) -> None:
-    """Print for the user on stderr, at once also into a pipe; stdout has the result."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ that holds all that made it; more than one sample also give a grid.
 """
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from osp_fast.pipeline import (
     VideoPipeline,
     resolve_parametrization,
 )
-from osp_fast.progress import Progress, duration
+from osp_fast.progress import Progress, duration, say
 from osp_fast.sample_files import ClipFiles, Grid, versions
 from osp_fast.training.checkpoint import list_checkpoints
 
@@ -274,11 +273,6 @@ def writable_folder(name: str) -> Path:
     except OSError as error:
         raise UserError(f"--save_img_path {folder} cannot be written to ({error.strerror}): name another") from None
     return folder
-
-
-def say(line: str) -> None:
-    """Print for the user, at once also into a pipe; stderr, so that stdout stays empty."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

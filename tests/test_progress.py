@@ -49,3 +49,4 @@ def test_a_log_that_cannot_be_written_stops_nothing():
         progress.show(step, f"step {step}/3", "loss 0.5")
     progress.message("a line")
     progress.close()
+    assert progress.pace(3) >= 0 and not progress._stream.getvalue()
