@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -137,7 +136,6 @@ class Saver:
         self._digests: dict[str, str] = {}
         self.saved: Path | None = None
         self.passed_over: set[int] = set()  # steps of damaged checkpoints, which count for nothing and stay
-        self.seconds = 0.0  # that the last one took to write
 
     def save(self, snapshot: Snapshot, prune: bool = True) -> None:
         """Write a snapshot; `fault` of the one before must have been asked for. prune: remove superfluous ones.
@@ -170,7 +168,6 @@ class Saver:
             torch.cuda.set_device(self._world.device)
         final = self._output_dir / f"checkpoint-{snapshot.state.step}"
         writing = self._output_dir / (WRITING + final.name)
-        started = time.monotonic()
         self._fault = None
         try:
             for part in (self._begin, self._write_models, self._write_optimizer, self._hash):
@@ -181,7 +178,6 @@ class Saver:
             self._on_first_rank(self._publish, snapshot.state, digests, writing, final)
             self.saved = final
             self.passed_over.discard(snapshot.state.step)
-            self.seconds = time.monotonic() - started
         except _Fault as fault:
             self._fault = f"{final} could not be written ({fault}): make room or choose another --output_dir" + (
                 "; the older checkpoints are intact" if self.saved is not None else ""
