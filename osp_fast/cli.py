@@ -13,7 +13,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from osp_fast.checks import check_sample, check_train
-from osp_fast.config import SAMPLE_PRESETS, TRAIN_PRESETS, ReconstructConfig, SampleConfig, TrainConfig, as_dict
+from osp_fast.config import SAMPLE_PRESETS,
+    TRAIN_PRESETS,
+    ReconstructConfig,
+    SampleConfig,
+    ServeConfig,
+    TrainConfig,
+    as_dict,
+
 from osp_fast.errors import UserError
 
 # Flags of upstream's scripts that have no effect of their own: name -> (takes a value, the line that is printed).
@@ -66,7 +73,7 @@ def parse_train(
     groups = {group.name: _fill(group.type, space) for group in dataclasses.fields(TrainConfig)}
     config = TrainConfig(**groups)
     notices = [f"--{name}: {reason}" for name, (_, reason) in ACCEPTED.items() if getattr(space, name)]
-    _finish(config, notices + check_train(config), space.print_config)
+    _finish(as_dict(config), notices + check_train(config), space.print_config)
     return config, space
 
 
@@ -81,8 +88,29 @@ def parse_sample(argv: Sequence[str] | None = None) -> SampleConfig:
     """Parse, resolve and check a sampling command line; `--print_config` as for training. Raises `UserError`."""
     space = _parse_with_preset(sample_parser(), argv, SAMPLE_PRESETS)
     config = _fill(SampleConfig, space)
-    _finish(config, check_sample(config), space.print_config)
+    _finish(as_dict(config), check_sample(config), space.print_config)
     return config
+
+
+def serve_parser() -> argparse.ArgumentParser:
+    """The parser of `python -m osp_fast.serve`: the flags of sampling, and where the page is."""
+    parser = _parser("osp_fast.serve", "A web page that samples from an Open-Sora-Plan v1.3 model.")
+    _add_flags(parser, SampleConfig)
+    _add_flags(parser, ServeConfig)
+    return parser
+
+
+def parse_serve(argv: Sequence[str] | None = None) -> tuple[SampleConfig, ServeConfig]:
+    """Parse, resolve and check a web page's command line; `--print_config` as for training. Raises `UserError`.
+
+    `--text_prompt` is what the page's field for the prompt begins with.
+    """
+    space = _parse_with_preset(serve_parser(), argv, SAMPLE_PRESETS)
+    config, serve = _fill(SampleConfig, space), _fill(ServeConfig, space)
+    if not config.text_prompt:
+        config.text_prompt = [""]
+    _finish({**as_dict(config), **as_dict(serve)}, check_sample(config), space.print_config)
+    return config, serve
 
 
 def reconstruct_parser() -> argparse.ArgumentParser:
@@ -102,7 +130,7 @@ def parse_reconstruct(argv: Sequence[str] | None = None) -> tuple[str, Reconstru
     config = _fill(ReconstructConfig, space)
     if not config.ae_path:
         raise UserError("--ae_path is missing: name the folder of the VAE's weights")
-    _finish(config, [], space.print_config)
+    _finish(as_dict(config), [], space.print_config)
     return space.video, config
 
 
@@ -127,9 +155,9 @@ def _parse_with_preset(
     return parser.parse_args(argv)
 
 
-def _finish(config: Any, notices: list[str], print_config: bool) -> None:
+def _finish(settings: dict[str, Any], notices: list[str], print_config: bool) -> None:
     if print_config:
-        print(json.dumps({**as_dict(config), "notices": notices}, indent=2))
+        print(json.dumps({**settings, "notices": notices}, indent=2))
         sys.exit(0)
     for line in notices:
         print(f"note: {line}", file=sys.stderr)

@@ -264,16 +264,41 @@ class SampleConfig:
     save_img_path: str = flag("samples", "folder for the videos, their sidecars and the grid")
     enable_tiling: bool = flag(False, "decode at most 4 latent frames at once: the same result in less memory")
     vae_memory: int | None = flag(None, VAE_MEMORY_HELP, memory=True)
-    save_memory: bool = flag(False, "hold only the network in use on the GPU")
+    save_memory: bool = flag(False, "hold only the network in use on the GPU: no clip is decoded beside the next one")
+    memory_budget: int | None = flag(
+        None, "bytes that sampling may hold on the device (auto: what is free, less a margin)", memory=True
+    )
+    text_8bit: bool = flag(False, "weights of the text encoder and the refiner in 8 bits (needs torchao)")
     lora: str | None = flag(None, "folder or file of LoRA adapters to add to the DiT's weights")
     lora_scale: float = flag(1.0, "strength of --lora", at_least=0)
     attention: str = flag("auto", ATTENTION_HELP, choices=ATTENTION_NAMES)
     compile: bool = flag(False, "torch.compile each block of the DiT")
+    cuda_graphs: bool | None = flag(None, "the DiT as a CUDA graph (default: where it measures faster)")
+    step_cache: float | None = flag(
+        None,
+        "skip all blocks but the first in steps where its output changed less than this since the last full step, e.g. "
+        "0.05; changes the result a little",
+        above=0,
+        at_most=1,
+    )
     round_rope_angles: bool = flag(False, "round RoPE angles to the weights' 16-bit type, as upstream trained")
     dtype: str = flag("auto", "auto: bf16 on a GPU, float32 on a CPU", choices=("auto", "bf16", "fp32"))
-    caption_refiner: str | None = flag(None, "folder of a chat model that rewrites prompts (not in this version)")
-    sp: bool = flag(False, "all GPUs work on one clip (not in this version)")
+    caption_refiner: str | None = flag(None, "transformers folder of a chat model that rewrites the prompts first")
+    refiner_max_tokens: int = flag(256, "length of a rewritten prompt, in the refiner's tokens", at_least=1)
+    refiner_temperature: float = flag(0.0, "of the refiner's choice of words; 0 takes the likeliest", at_least=0)
+    overwrite: bool = flag(False, "sample clips again that are there already; without it they are skipped")
+    sp: bool = flag(False, "under torchrun: all GPUs work on one clip, instead of each on its own")
+    start_timeout: float = flag(600, "seconds in which all ranks of --sp must be there and answer", above=0)
+    dry_run: bool = flag(False, "print the plan of memory and the predicted seconds, and exit; reads no weights")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+
+
+@dataclass
+class ServeConfig:
+    """Where the web page of `osp_fast.serve` is; what it samples with are the flags of sampling."""
+
+    host: str = flag("127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
+    port: int = flag(7860, "to listen at; 0 takes a free one", at_least=0, at_most=65535)
 
 
 @dataclass
