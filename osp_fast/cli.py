@@ -13,14 +13,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from osp_fast.checks import check_sample, check_train
-from osp_fast.config import SAMPLE_PRESETS,
+from osp_fast.config import (
+    SAMPLE_PRESETS,
     TRAIN_PRESETS,
     ReconstructConfig,
     SampleConfig,
     ServeConfig,
     TrainConfig,
     as_dict,
-
+)
 from osp_fast.errors import UserError
 
 # Flags of upstream's scripts that have no effect of their own: name -> (takes a value, the line that is printed).
