@@ -22,7 +22,8 @@ import torch
 
 from osp_fast.engine.devices import NODE, DeviceModel
 from osp_fast.kernels.skiparse_attention import attention_flops
-from osp_fast.models.dit import TIME_CHANNELS, DiTConfig
+from osp_fast.models.dit import DiTConfig
+from osp_fast.models.time_embedding import TIME_CHANNELS
 
 FORWARD_PASSES, BACKWARD_PASSES = 23, 42
 FINISH_PASSES = 3  # a recomputed block adds its feed-forward's part in a pass of its own

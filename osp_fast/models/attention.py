@@ -35,6 +35,13 @@ class VisibleKeys(NamedTuple):
         return cls(mask, torch.where(mask, places, 0).amax(1))
 
 
+class TextKeys(NamedTuple):
+    """Keys and values of a text in one block's cross-attention, (B, L, H, D) each."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class SelfAttention(nn.Module):
     """Skiparse self-attention with 3D RoPE on queries and keys; q, k, v are one product."""
 
@@ -66,10 +73,14 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, text: Tensor, text_tokens: VisibleKeys) -> Tensor:
-        """x (B, N, width), text (B, L, width) -> (B, N, width)."""
+    def text_keys(self, text: Tensor) -> TextKeys:
+        """text (B, L, width) -> its keys and values."""
+        return TextKeys(*self.kv(text).unflatten(-1, (2, self.heads, -1)).unbind(2))
+
+    def forward(self, x: Tensor, text: Tensor | TextKeys, text_tokens: VisibleKeys) -> Tensor:
+        """x (B, N, width), text (B, L, width) or its keys and values -> (B, N, width)."""
         q_bnhd = self.q(x).unflatten(-1, (self.heads, -1))
-        k_blhd, v_blhd = self.kv(text).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        k_blhd, v_blhd = text if isinstance(text, TextKeys) else self.text_keys(text)
         out_bnhd = self.backend.function(q_bnhd, k_blhd, v_blhd, self.mode, self.sparse_n, *text_tokens)
         return self.out(out_bnhd.flatten(2))
 

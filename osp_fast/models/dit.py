@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,26 +17,17 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from osp_fast.kernels.adaln import gate_residual, gate_residual_norm_modulate, norm_modulate
 from osp_fast.kernels.rope3d import Rope3D, make_rope3d
-from osp_fast.models.attention import CrossAttention, SelfAttention, VisibleKeys, describe_attention
+from osp_fast.models.attention import CrossAttention, SelfAttention, TextKeys, VisibleKeys, describe_attention
 from osp_fast.models.attention_backends import select_attention
+from osp_fast.models.dit_checkpoint import checkpoint_place
+from osp_fast.models.time_embedding import TimeContext, TimeEmbedding
 from osp_fast.models.weights import PretrainedModel
 from osp_fast.seeding import torch_generator
 
 # Blocks strictly between these are skiparse: part of the architecture, whatever the number of layers.
 FIRST_DENSE, LAST_DENSE = 1, 30
 HEAD_NORM_EPS = 1e-6
-TIME_CHANNELS = 256
 MAX_LAYERS = 1000
-# Our parts of a block -> checkpoint names; a tuple is split evenly along the output features.
-CHECKPOINT_NAMES = {
-    "self_attention.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-    "self_attention.out": ("attn1.to_out.0",),
-    "cross_attention.q": ("attn2.to_q",),
-    "cross_attention.kv": ("attn2.to_k", "attn2.to_v"),
-    "cross_attention.out": ("attn2.to_out.0",),
-    "ff.0": ("ff.net.0.proj",),
-    "ff.2": ("ff.net.2",),
-}
 
 
 @dataclass(frozen=True)
@@ -96,24 +87,6 @@ DIT_CONFIGS = {
 }
 
 
-class TimeEmbedding(nn.Module):
-    """Timestep -> e (B, d) and the six modulation vectors that all blocks share (AdaLN-single)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
-        self.modulation = nn.Linear(width, 6 * width)
-
-    def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """timestep (B,), 0..999 -> e (B, d), six vectors (B, 6, d)."""
-        half = TIME_CHANNELS // 2
-        frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(1e4) / half))
-        angle = timestep.float()[:, None] * frequency
-        sinusoid = torch.cat((angle.cos(), angle.sin()), dim=-1)
-        embedded = self.mlp(sinusoid.to(self.modulation.weight.dtype))
-        return embedded, self.modulation(F.silu(embedded)).unflatten(-1, (6, -1))
-
-
 # Makes the two contexts, of forward and of recomputation, that `torch.utils.checkpoint` works in (its `context_fn`).
 Recompute = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
@@ -126,6 +99,20 @@ class Pending(NamedTuple):
 
     y: Tensor
     gate: Tensor | None
+
+
+class TextContext(NamedTuple):
+    """What the DiT needs of a text, whatever the timestep: each block's `TextKeys`, and which text tokens are real."""
+
+    keys: tuple[TextKeys, ...]
+    tokens: VisibleKeys
+
+
+class StepCache(Protocol):
+    """Decides in each call of the DiT whether the blocks behind the first one run, or what they did before serves."""
+
+    def __call__(self, x: Tensor, first: Callable[[Tensor], Tensor], rest: Callable[[Tensor], Tensor]) -> Tensor:
+        """x (B, N, d), the tokens; first: the first block; rest: all others. Returns what all of them make of x."""
 
 
 class Block(nn.Module):
@@ -149,10 +136,12 @@ class Block(nn.Module):
         time: Tensor,
         rope: Rope3D,
         tokens: VisibleKeys,
-        text: Tensor,
+        text: Tensor | TextKeys,
         text_tokens: VisibleKeys,
     ) -> tuple[Tensor, Pending | None]:
         """x (B, N, d) and what is still to be added to it; time (B, 6, d), text (B, L, d); which of N and L are real.
+
+        In place of the text there may be what `text_keys` made of it.
 
         Returns the residual stream in x's dtype, without the feed-forward's part, and that part. With `recompute` the
         part is added here: between blocks one tensor is kept then instead of two, at the price of a pass of its own.
@@ -165,6 +154,10 @@ class Block(nn.Module):
             options["context_fn"] = self.recompute
         return checkpoint(self._forward, *arguments, True, **options)
 
+    def text_keys(self, text: Tensor) -> TextKeys:
+        """Keys and values of the text (B, L, d) in cross-attention: they depend on nothing else."""
+        return self.cross_attention.text_keys(text)
+
     def _forward(
         self,
         x: Tensor,
@@ -172,7 +165,7 @@ class Block(nn.Module):
         time: Tensor,
         rope: Rope3D,
         tokens: VisibleKeys,
-        text: Tensor,
+        text: Tensor | TextKeys,
         text_tokens: VisibleKeys,
         finish: bool,
     ) -> tuple[Tensor, Pending | None]:
@@ -201,6 +194,11 @@ def _add_norm_modulate(
     if pending is None:
         return x, norm_modulate(x, *vectors, norm.eps, **options)
     return gate_residual_norm_modulate(x, pending.gate, pending.y, *vectors, norm.eps, **options)
+
+
+def _settled(x: Tensor, pending: Pending | None) -> Tensor:
+    """x with what was pending added."""
+    return x if pending is None else gate_residual(x, pending.gate, pending.y)
 
 
 class DiT(PretrainedModel):
@@ -298,27 +296,46 @@ class DiT(PretrainedModel):
         """Which attention serves which block, in words."""
         return describe_attention((block.self_attention, block.cross_attention) for block in self.transformer_blocks)
 
+    def text_context(self, text: Tensor, text_mask: Tensor | None = None) -> TextContext:
+        """Once for each prompt what depends on its text alone.
+
+        text (B, L, caption_channels); text_mask (B, L), 1 = real token. 2 B L d numbers for each block.
+        """
+        embedded = self.text_embed(text)
+        keys = tuple(block.text_keys(embedded) for block in self.transformer_blocks)
+        return TextContext(keys, VisibleKeys.from_mask(text_mask))
+
+    def time_context(self, timesteps: Tensor) -> TimeContext:
+        """What depends on timesteps (S,), 0..999, alone: all steps' in one call."""
+        return self.time_embed(timesteps)
+
     def forward(
         self,
         latents: Tensor,
-        timestep: Tensor,
-        text: Tensor,
+        timestep: Tensor | TimeContext,
+        text: Tensor | TextContext,
         text_mask: Tensor | None = None,
         latent_mask: Tensor | None = None,
+        step_cache: StepCache | None = None,
     ) -> Tensor:
         """Predict noise, velocity or sample.
 
         latents (B, C, T, H, W); timestep (B,), 0..999; text (B, L, caption_channels); text_mask (B, L), 1 = real token;
-        latent_mask (B, T, H, W), 1 = real cell. Returns (B, C_out, T, H, W). Raises ValueError if the latents do not
-        divide into patches.
+        latent_mask (B, T, H, W), 1 = real cell. In place of the timestep and of the text (with its mask) there may be
+        what `time_context` and `text_context` made of them. Returns (B, C_out, T, H, W). Raises ValueError if the
+        latents do not divide into patches.
         """
         patch = self.config.patch
         size = tuple(length // p for length, p in zip(latents.shape[2:], patch, strict=True))
         if any(length % p for length, p in zip(latents.shape[2:], patch, strict=True)):
             raise ValueError(f"latents of (T, H, W) = {tuple(latents.shape[2:])} do not divide into patches of {patch}")
         x = self.patch_embed(latents).flatten(2).transpose(1, 2).contiguous()
-        embedded, time = self.time_embed(timestep)
-        text = self.text_embed(text)
+        time = timestep if isinstance(timestep, TimeContext) else self.time_embed(timestep)
+        if isinstance(text, TextContext):
+            texts, text_tokens = text
+        else:
+            texts = (self.text_embed(text),) * len(self.transformer_blocks)
+            text_tokens = VisibleKeys.from_mask(text_mask)
         scales = (
             self.config.interpolation_scale_t,
             self.config.interpolation_scale_h,
@@ -328,11 +345,20 @@ class DiT(PretrainedModel):
         token_mask = None
         if latent_mask is not None:
             token_mask = F.max_pool3d(latent_mask[:, None].float(), patch).flatten(1).bool()
-        tokens, text_tokens = VisibleKeys.from_mask(token_mask), VisibleKeys.from_mask(text_mask)
-        pending = None
-        for block in self.transformer_blocks:
-            x, pending = block(x, pending, time, rope, tokens, text, text_tokens)
-        _, x = _add_norm_modulate(x, pending, (embedded, embedded), self.scale_shift_table.unbind(0), self.norm_out)
+        tokens = VisibleKeys.from_mask(token_mask)
+
+        def run(x: Tensor, first: int, last: int | None) -> tuple[Tensor, Pending | None]:
+            pending = None
+            for block, text in zip(self.transformer_blocks[first:last], texts[first:last], strict=True):
+                x, pending = block(x, pending, time.modulation, rope, tokens, text, text_tokens)
+            return x, pending
+
+        if step_cache is None:
+            x, pending = run(x, 0, None)
+        else:
+            x, pending = step_cache(x, lambda x: _settled(*run(x, 0, 1)), lambda x: _settled(*run(x, 1, None))), None
+        rows = self.scale_shift_table.unbind(0)
+        _, x = _add_norm_modulate(x, pending, (time.embedded, time.embedded), rows, self.norm_out)
         return self._unpatchify(self.proj_out(x), size)
 
     def _unpatchify(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -345,7 +371,7 @@ class DiT(PretrainedModel):
         """Fused parameters -> one tensor per product, under the names of released checkpoints."""
         tensors = {}
         for name, tensor in state.items():
-            prefix, names, kind = _checkpoint_place(name)
+            prefix, names, kind = checkpoint_place(name)
             if name == "patch_embed.weight" and self.config.patch_size_t == 1:
                 tensor = tensor.squeeze(2)
             for target, part in zip(names, tensor.chunk(len(names)), strict=True):
@@ -356,31 +382,9 @@ class DiT(PretrainedModel):
         """The inverse of `to_checkpoint`."""
         state = {}
         for name in self.state_dict():
-            prefix, names, kind = _checkpoint_place(name)
+            prefix, names, kind = checkpoint_place(name)
             parts = [tensors[f"{prefix}{target}{kind}"] for target in names]
             state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
             if name == "patch_embed.weight" and self.config.patch_size_t == 1:
                 state[name] = state[name].unsqueeze(2)
         return state
-
-
-TOP_NAMES = {
-    "patch_embed": "pos_embed.proj",
-    "time_embed.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
-    "time_embed.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
-    "time_embed.modulation": "adaln_single.linear",
-    "text_embed.0": "caption_projection.linear_1",
-    "text_embed.2": "caption_projection.linear_2",
-}
-
-
-def _checkpoint_place(name: str) -> tuple[str, tuple[str, ...], str]:
-    """Our parameter name -> (block prefix, checkpoint names of its parts, ".weight", ".bias" or "")."""
-    module, dot, kind = name.rpartition(".")
-    if kind not in ("weight", "bias"):
-        return "", (name,), ""
-    if module.startswith("transformer_blocks."):
-        prefix = ".".join(module.split(".")[:2]) + "."
-        part = module.removeprefix(prefix)
-        return prefix, CHECKPOINT_NAMES.get(part, (part,)), dot + kind
-    return "", (TOP_NAMES.get(module, module),), dot + kind

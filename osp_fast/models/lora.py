@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from osp_fast.config import Recipe
 from osp_fast.errors import UserError
-from osp_fast.models.dit import CHECKPOINT_NAMES, DiT
+from osp_fast.models.dit import DiT
+from osp_fast.models.dit_checkpoint import CHECKPOINT_NAMES
 from osp_fast.models.lora_files import LORA_A, LORA_B, PREFIX, Lora, load_lora, write_lora
 from osp_fast.seeding import torch_generator
 

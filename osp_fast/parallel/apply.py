@@ -4,7 +4,7 @@ import warnings
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from osp_fast.models.dit import DiT
 
@@ -23,4 +23,8 @@ def shard_dit(dit: DiT, mesh: DeviceMesh, dtype: torch.dtype = torch.float32) ->
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in dit.transformer_blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(dit, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(block, "text_keys")
+    fully_shard(dit, mesh=mesh, mp_policy=policy)
+    for method in ("text_context", "time_context"):  # sampling calls these beside forward
+        register_fsdp_forward_method(dit, method)
+    return dit
