@@ -1,221 +1,177 @@
-"""From noise to clean latents: the samplers by name, the denoising loop, classifier-free guidance.
+"""The denoising loop: from noise to clean latents, with classifier-free guidance (Ho & Salimans, arXiv:2207.12598).
 
-The samplers are diffusers'. They get the betas of training, no clipping and no thresholding. A schedule with zero
-terminal SNR is sampled with "trailing" spacing (Lin et al. 2023, arXiv:2305.08891), so that sampling starts at the
-last timestep. Guidance is Ho & Salimans 2022 (arXiv:2207.12598).
+What does not change from step to step is computed before the first one: the text's keys and values in all blocks once
+for a prompt (`prepare_text`), the vectors that depend on the timestep for all steps at once (`GuidedModel`). A step
+needs nothing back from a GPU, so that the host launches the next one while it works; a step cache is the exception.
 """
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from osp_fast.config import PREDICTION_TYPES
-from osp_fast.diffusion.schedule import TRAIN_STEPS, diffusion_betas
+from osp_fast.diffusion.samplers import Scheduler
 from osp_fast.errors import UserError
 
-FLOW_METHOD = "FlowMatchEulerDiscrete"
-LEAST_SIGNAL = 2.0**-24  # alpha_bar at zero terminal SNR: keeps sigma finite (4096) where a sampler works with sigma
-LEAST_COVERAGE = {"trailing": 0.95, "leading": 0.8}  # see Scheduler._flaw
+
+class Text(NamedTuple):
+    """An encoded text: states (1, L, caption_channels) and mask (1, L), 1 = real token."""
+
+    states: Tensor
+    mask: Tensor
 
 
-@dataclass(frozen=True)
-class _Method:
-    """What differs between diffusers' scheduler classes."""
+class Halves(Enum):
+    """How the two halves of guidance, negative prompt and prompt, are computed.
 
-    class_name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    predictions: tuple[str, ...] = PREDICTION_TYPES
-    has_spacing: bool = True
-    fixed_stride: bool = False  # its step goes from t to t - 1000 // steps, whatever its next timestep is
-    fewest: int = 2
-    fewest_zero_snr: int = 0
-    most: int = TRAIN_STEPS
-
-
-_WITHOUT_SAMPLE = ("epsilon", "v_prediction")
-_METHODS = {
-    "DDIM": _Method("DDIMScheduler", dict(clip_sample=False), fixed_stride=True),
-    "EulerDiscrete": _Method("EulerDiscreteScheduler"),
-    "DDPM": _Method("DDPMScheduler", dict(clip_sample=False)),
-    # At 1000 steps these two would meet sigma_min twice and divide by zero.
-    "DPMSolverMultistep": _Method("DPMSolverMultistepScheduler", most=TRAIN_STEPS - 1),
-    "DEISMultistep": _Method("DEISMultistepScheduler", most=TRAIN_STEPS - 1),
-    # Always spaced from the last timestep to 0, as zero terminal SNR needs it.
-    "DPMSolverSinglestep": _Method("DPMSolverSinglestepScheduler", dict(lower_order_final=True), has_spacing=False),
-    # Its four Runge-Kutta points and their half strides bound the steps. It averages predictions of different
-    # timesteps, which is right for epsilon only, so the others are converted (Scheduler.step). Epsilon tells little of
-    # the sample where the signal is near zero: there long strides diverge.
-    "PNDM": _Method("PNDMScheduler", fixed_stride=True, fewest=4, fewest_zero_snr=30, most=TRAIN_STEPS // 2),
-    "HeunDiscrete": _Method("HeunDiscreteScheduler", fewest=3),
-    "EulerAncestralDiscrete": _Method("EulerAncestralDiscreteScheduler", predictions=_WITHOUT_SAMPLE),
-    "KDPM2AncestralDiscrete": _Method("KDPM2AncestralDiscreteScheduler", predictions=_WITHOUT_SAMPLE, fewest=3),
-    # DDIM without the shift of SNR that CogVideoX itself was trained with.
-    "CogVideoX": _Method("CogVideoXDDIMScheduler", dict(clip_sample=False, snr_shift_scale=1.0), fixed_stride=True),
-    FLOW_METHOD: _Method("FlowMatchEulerDiscreteScheduler", has_spacing=False, fewest=1),
-}
-
-
-class Scheduler:
-    """One of diffusers' samplers behind one interface. `make_scheduler` makes them; `set_steps` starts a run."""
-
-    def __init__(self, method: str, prediction_type: str, rescale_betas_zero_snr: bool):
-        import diffusers
-
-        traits = _METHODS[method]
-        self.method, self.prediction_type, self._traits = method, prediction_type, traits
-        self._fewest = max(traits.fewest, traits.fewest_zero_snr if rescale_betas_zero_snr else 0)
-        options = dict(traits.options)
-        if method != FLOW_METHOD:
-            options["trained_betas"] = diffusion_betas(rescale_betas_zero_snr, LEAST_SIGNAL).tolist()
-            options["prediction_type"] = "epsilon" if method == "PNDM" else prediction_type
-            if rescale_betas_zero_snr and traits.has_spacing:
-                options["timestep_spacing"] = "trailing"
-        self._sampler = getattr(diffusers, traits.class_name)(**options)
-        self._is_random = "generator" in inspect.signature(self._sampler.step).parameters
-
-    def set_steps(self, steps: int) -> Tensor:
-        """Start a run of `steps`; returns the timesteps of its model calls (CPU), of which some methods need more.
-
-        Raises `UserError` for a number of steps with which the method goes wrong.
-        """
-        fewest, most = self._fewest, self._traits.most
-        if not fewest <= steps <= most:
-            raise UserError(
-                f"--num_sampling_steps {steps} is out of range for {self.method}: "
-                f"with this model it takes {fewest} to {most} steps"
-            )
-        if flaw := self._flaw(steps):
-            candidates = sorted(range(fewest, most + 1), key=lambda n: abs(n - steps))
-            nearest = next(n for n in candidates if not self._flaw(n))
-            raise UserError(f"--num_sampling_steps {steps} {flaw} with {self.method}: use {nearest}")
-        self._start(steps)
-        if hasattr(self._sampler, "set_begin_index"):
-            self._sampler.set_begin_index(0)
-        return self._sampler.timesteps
-
-    def initial(self, noise: Tensor) -> Tensor:
-        """Standard normal noise scaled to what the method starts from."""
-        return noise * float(getattr(self._sampler, "init_noise_sigma", 1.0))
-
-    def model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """The method's latents scaled to what the model was trained on at `timestep`."""
-        if self.method == FLOW_METHOD:
-            return latents
-        return self._sampler.scale_model_input(latents, timestep)
-
-    def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: torch.Generator | None) -> Tensor:
-        """The latents of the next timestep, from the model's float32 prediction at this one."""
-        if self.method == "PNDM":
-            prediction = self._epsilon(prediction, timestep, latents)
-        noise_source = dict(generator=generator) if self._is_random else {}
-        return self._sampler.step(prediction, timestep, latents, **noise_source).prev_sample
-
-    def _start(self, steps: int) -> None:
-        if self.method == FLOW_METHOD:
-            # Equal strides down to 0; by default diffusers spends the last call on going from sigma 0.001 to 0.
-            self._sampler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
-        else:
-            self._sampler.set_timesteps(steps)
-
-    def _flaw(self, steps: int) -> str:
-        """Why diffusers' arithmetic fails for this number of steps; empty if it does not."""
-        spacing = self._sampler.config.get("timestep_spacing")
-        if self._traits.fixed_stride and steps * (TRAIN_STEPS // steps) < LEAST_COVERAGE[spacing] * TRAIN_STEPS:
-            # Too little noise would be removed (trailing) or the start be too late (leading).
-            return "leaves a part of the 1000 timesteps out"
-        if spacing == "trailing":
-            # A rounding error adds a timestep -1 behind the last one for some step counts.
-            self._sampler.set_timesteps(steps)
-            if self._sampler.timesteps.min() < 0:
-                return "cannot be spaced evenly"
-        return ""
-
-    def _epsilon(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
-        """The noise that a prediction of any type implies."""
-        signal_squared = self._sampler.alphas_cumprod[timestep].double()
-        signal, noise_level = float(signal_squared.sqrt()), float((1 - signal_squared).sqrt())
-        if self.prediction_type == "v_prediction":
-            return signal * prediction + noise_level * latents
-        if self.prediction_type == "sample":
-            return (latents - signal * prediction) / noise_level
-        return prediction
-
-
-def make_scheduler(
-    method: str, prediction_type: str, rescale_betas_zero_snr: bool = False, rectified_flow: bool = False
-) -> Scheduler:
-    """The sampler that `--sample_method` names, for a model of the given training.
-
-    Rectified flow has a prediction and a schedule of its own: the other two arguments then play no part. Raises
-    `UserError` for an unknown method and for one that cannot sample such a model.
+    TOGETHER: as one batch of two; IN_TURNS: one after the other, with half the activations; APART: one half here, the
+    other one elsewhere, and the predictions exchanged
     """
-    if method not in _METHODS:
-        raise UserError(f"--sample_method {method} is unknown: choose from {', '.join(_METHODS)}")
-    if rectified_flow and method != FLOW_METHOD:
-        raise UserError(
-            f"--sample_method {method} cannot sample a model trained with rectified flow: use {FLOW_METHOD}"
+
+    TOGETHER = "together"
+    IN_TURNS = "in turns"
+    APART = "apart"
+
+
+def prepare_text(
+    dit: nn.Module, text: Text, negative: Text | None, halves: Halves = Halves.TOGETHER, half: int = 0
+) -> tuple[Any, ...]:
+    """What the DiT needs of a prompt and the negative one, one `TextContext` for each of its calls in a step.
+
+    negative: None without guidance; half: with `Halves.APART` which one is computed here, 0 = negative
+    """
+    device, dtype = _place(dit)
+    texts = [text] if negative is None else [negative, text]
+    if negative is not None and halves is Halves.APART:
+        texts = [texts[half]]
+    groups = [texts] if halves is Halves.TOGETHER else [[one] for one in texts]
+    with torch.no_grad():
+        return tuple(
+            dit.text_context(
+                torch.cat([text.states for text in group]).to(device, dtype),
+                torch.cat([text.mask for text in group]).to(device),
+            )
+            for group in groups
         )
-    if method == FLOW_METHOD and not rectified_flow:
-        raise UserError(
-            f"--sample_method {FLOW_METHOD} needs a model trained with rectified flow (--rf_scheduler): "
-            "use EulerAncestralDiscrete"
-        )
-    if prediction_type not in _METHODS[method].predictions and not rectified_flow:
-        raise UserError(
-            f"--sample_method {method} cannot sample a model that predicts {prediction_type!r}: use DDIM or "
-            "DPMSolverMultistep"
-        )
-    return Scheduler(method, prediction_type, rescale_betas_zero_snr)
+
+
+class GuidedModel:
+    """A DiT's guided prediction in each step of a run: `model(latents, call)`.
+
+    dit: with `time_context`; texts: `prepare_text`'s; timesteps: of the run's model calls
+    scale: of guidance; 1: there is none
+    halves: as the texts were prepared for
+    forward: what to call in place of the DiT, such as a CUDA graph of it
+    step_cache: of this clip; only with `Halves.TOGETHER` or APART, as it decides for both halves at once
+    exchange: with `Halves.APART` my half's prediction -> the negative prompt's and the prompt's
+    """
+
+    def __init__(
+        self,
+        dit: nn.Module,
+        texts: Sequence[Any],
+        timesteps: Tensor,
+        scale: float = 1.0,
+        halves: Halves = Halves.TOGETHER,
+        *,
+        forward: Callable[..., Tensor] | None = None,
+        step_cache: Any = None,
+        exchange: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    ):
+        device, self.dtype = _place(dit)
+        self._texts, self._scale, self._exchange = texts, scale, exchange
+        self._forward = forward or dit
+        # Not given where it is not used: a graph of the forward has no place for it.
+        self._options = {} if step_cache is None else {"step_cache": step_cache}
+        self._batch = 2 if scale != 1 and halves is Halves.TOGETHER else 1
+        with torch.no_grad():
+            # float32: a 16-bit type would round the timestep.
+            self._times = dit.time_context(timesteps.to(device, torch.float32))
+
+    def __call__(self, latents: Tensor, call: int) -> Tensor:
+        """latents (1, C, T, H, W) scaled for model call number `call` -> the prediction, float32."""
+        x = latents.to(self.dtype)
+        if self._batch == 2:
+            x = torch.cat([x, x])
+        time = self._times.at(call, self._batch)
+        predictions = [self._forward(x, time, text, **self._options).float() for text in self._texts]
+        if self._scale == 1:
+            return predictions[0]
+        if self._exchange is not None:
+            without, with_prompt = self._exchange(predictions[0])
+        elif self._batch == 2:
+            without, with_prompt = predictions[0].chunk(2)
+        else:
+            without, with_prompt = predictions
+        return without + self._scale * (with_prompt - without)
 
 
 @torch.no_grad()
 def denoise(
-    dit: nn.Module,
+    model: Callable[[Tensor, int], Tensor],
     scheduler: Scheduler,
     steps: int,
     noise: Tensor,
-    text: Tensor,
-    text_mask: Tensor,
-    negative_text: Tensor | None = None,
-    negative_mask: Tensor | None = None,
-    guidance_scale: float = 1.0,
     generator: torch.Generator | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Sample latents, float32, of the shape and on the device of `noise` (B, C, T, H, W), which is standard normal.
 
-    `text` (B, L, caption_channels) and `text_mask` (B, L) are the prompt's; with `guidance_scale` above 1 the negative
-    prompt's, of the same shapes, run in the same batch. `generator`, on the CPU, serves the methods that add noise.
-    `on_step(done, calls)` is called after every model call. The model sees its own dtype, the sampler float32.
-    Raises `UserError` if the result is not finite.
+    `model` predicts from the latents of a model call and its number, as `GuidedModel` does. `generator`, on the CPU,
+    serves the methods that add noise. `on_step(done, calls)` is called when a model call is done; what it raises ends
+    the loop. Raises `UserError` if the result is not finite.
     """
-    dtype = next(dit.parameters()).dtype
-    guided = guidance_scale != 1.0
-    if guided:
-        text, text_mask = torch.cat([negative_text, text]), torch.cat([negative_mask, text_mask])
-    text = text.to(dtype)
     timesteps = scheduler.set_steps(steps)
     latents = scheduler.initial(noise.float())
+    done = _Done(latents.device, lambda count: on_step(count, len(timesteps)) if on_step else None)
     for call, timestep in enumerate(timesteps):
-        model_input = scheduler.model_input(latents, timestep).to(dtype)
-        if guided:
-            model_input = torch.cat([model_input, model_input])
-        # float32: a 16-bit type would round the timestep.
-        times = torch.full((len(model_input),), float(timestep), device=noise.device)
-        prediction = dit(model_input, times, text, text_mask).float()
-        if guided:
-            without, with_prompt = prediction.chunk(2)
-            prediction = without + guidance_scale * (with_prompt - without)
+        prediction = model(scheduler.model_input(latents, timestep), call)
         latents = scheduler.step(prediction, timestep, latents, generator).float()
-        if on_step:
-            on_step(call + 1, len(timesteps))
+        done.launched()
+    done.wait(0)
     if not torch.isfinite(latents).all():
         raise UserError(
             f"{scheduler.method} ended in numbers that are not finite after {steps} steps: "
             "check the model's weights, or use --dtype fp32 or another --sample_method"
         )
     return latents
+
+
+class _Done:
+    """Tells of steps when they are done, not when they are launched, and keeps the host from running far ahead.
+
+    Without that a GPU's whole queue would be filled at once: a bar that shows nothing, and a Ctrl-C minutes late.
+    """
+
+    AHEAD = 2  # steps: enough that the GPU never waits
+
+    def __init__(self, device: torch.device, tell: Callable[[int], None]):
+        self._device, self._tell = device, tell
+        self._events: deque[torch.cuda.Event] = deque()
+        self._count = 0
+
+    def launched(self) -> None:
+        """Another step."""
+        if self._device.type != "cuda":
+            self._count += 1
+            self._tell(self._count)
+            return
+        self._events.append(torch.cuda.Event(blocking=True))
+        self._events[-1].record(torch.cuda.current_stream(self._device))
+        self.wait(self.AHEAD)
+
+    def wait(self, left: int) -> None:
+        """Until at most so many are not done."""
+        while len(self._events) > left:
+            self._events.popleft().synchronize()
+            self._count += 1
+            self._tell(self._count)
+
+
+def _place(dit: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the DiT computes, and in what."""
+    parameter = next(dit.parameters())
+    return parameter.device, parameter.dtype

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from osp_fast.config import PREDICTION_TYPES, SAMPLE_METHODS
-from osp_fast.diffusion.denoise import FLOW_METHOD, denoise, make_scheduler
+from osp_fast.diffusion import samplers
+from osp_fast.diffusion.denoise import GuidedModel, Halves, Text, denoise, prepare_text
+from osp_fast.diffusion.samplers import FLOW_METHOD, make_scheduler
 from osp_fast.diffusion.schedule import diffusion_betas
 from osp_fast.errors import UserError
 from osp_fast.seeding import torch_generator
@@ -32,7 +34,14 @@ class GaussianData(nn.Module):
         self.signals = torch.cumprod(1 - diffusion_betas(zero_snr), 0).sqrt().numpy()
         self.seen = []
 
-    def forward(self, latents, timestep, text, text_mask=None, latent_mask=None):
+    def text_context(self, text, text_mask):
+        return text, text_mask
+
+    def time_context(self, timesteps):
+        return Times(timesteps)
+
+    def forward(self, latents, timestep, context):
+        text, text_mask = context
         assert timestep.shape == (len(latents),) and timestep.dtype == torch.float32
         assert len(text) == len(text_mask) == len(latents)
         self.seen.append(timestep[0].item())
@@ -54,6 +63,16 @@ class GaussianData(nn.Module):
         }[self.prediction_type].to(latents.dtype)
 
 
+class Times:
+    """Stands for a `TimeContext`."""
+
+    def __init__(self, timesteps):
+        self.timesteps = timesteps
+
+    def at(self, index, batch):
+        return self.timesteps[index].expand(batch)
+
+
 def balanced_noise():
     """Standard normal noise with a mean of exactly zero, so that the samples' mean shows the sampler's own error."""
     half = torch.randn((1, 2, *SHAPE[2:]), generator=torch_generator("noise"))
@@ -66,7 +85,14 @@ def sample(method, prediction_type, zero_snr=False, steps=50, model=None, seed=0
     scheduler = make_scheduler(method, prediction_type, zero_snr, flow)
     model = model or GaussianData("flow" if flow else prediction_type, zero_snr)
     generator = torch_generator("steps", seed)
-    return denoise(model, scheduler, steps, balanced_noise(), TEXT, MASK, generator=generator, **kwargs)
+    return run(model, scheduler, steps, generator=generator, **kwargs)
+
+
+def run(model, scheduler, steps, text=TEXT, negative=None, scale=1.0, generator=None, halves=Halves.TOGETHER, **kwargs):
+    negative = None if negative is None else Text(negative, MASK)
+    texts = prepare_text(model, Text(text, MASK), negative, halves)
+    guided = GuidedModel(model, texts, scheduler.set_steps(steps), scale, halves)
+    return denoise(guided, scheduler, steps, balanced_noise(), generator, **kwargs)
 
 
 def supported():
@@ -127,13 +153,12 @@ def test_scheduler_is_reusable_and_deterministic(method):
     scheduler = make_scheduler(method, "epsilon", False, flow)
     model = GaussianData("flow" if flow else "epsilon")
 
-    def run(seed):
-        generator = torch_generator("steps", seed)
-        return denoise(model, scheduler, 7, balanced_noise(), TEXT, MASK, generator=generator)
+    def run_of(seed):
+        return run(model, scheduler, 7, generator=torch_generator("steps", seed))
 
-    first = run(0)
-    assert torch.equal(run(0), first)
-    assert torch.equal(run(1), first) == (method not in STOCHASTIC)
+    first = run_of(0)
+    assert torch.equal(run_of(0), first)
+    assert torch.equal(run_of(1), first) == (method not in STOCHASTIC)
 
 
 def test_guidance_extrapolates_from_the_negative_prompt():
@@ -141,11 +166,41 @@ def test_guidance_extrapolates_from_the_negative_prompt():
     text, negative = torch.full((1, 3, 5), 0.2), torch.full((1, 3, 5), -0.1)
     model = GaussianData("epsilon")
     scheduler = make_scheduler("DDIM", "epsilon")
-    for scale in (1.0, 2.0, 5.0):
-        result = denoise(
-            model, scheduler, 50, balanced_noise(), text, MASK, negative, MASK, scale, torch_generator("steps")
+    for scale in (2.0, 5.0):
+        together = run(model, scheduler, 50, text, negative, scale)
+        assert abs(together.mean() - (MEAN - 0.1 + 0.3 * scale)) < 0.02
+        assert torch.equal(run(model, scheduler, 50, text, negative, scale, halves=Halves.IN_TURNS), together)
+    assert abs(run(model, scheduler, 50, text).mean() - (MEAN + 0.2)) < 0.02
+
+
+def test_each_half_of_guidance_elsewhere():
+    """Two ranks, each with its half, as an exchange between them has it."""
+    text, negative = torch.full((1, 3, 5), 0.2), torch.full((1, 3, 5), -0.1)
+    model, scheduler = GaussianData("epsilon"), make_scheduler("DDIM", "epsilon")
+    timesteps = scheduler.set_steps(20)
+    x = balanced_noise()
+    predictions = [
+        GuidedModel(model, prepare_text(model, Text(text, MASK), Text(negative, MASK), Halves.APART, half), timesteps)(
+            x, 5
         )
-        assert abs(result.mean() - (MEAN - 0.1 + 0.3 * scale)) < 0.02
+        for half in (0, 1)
+    ]
+    for half in (0, 1):
+        texts = prepare_text(model, Text(text, MASK), Text(negative, MASK), Halves.APART, half)
+        asked = []
+        guided = GuidedModel(
+            model,
+            texts,
+            timesteps,
+            3.0,
+            Halves.APART,
+            exchange=lambda mine, asked=asked: asked.append(mine) or predictions,
+        )
+        together = GuidedModel(
+            model, prepare_text(model, Text(text, MASK), Text(negative, MASK)), timesteps, 3.0, Halves.TOGETHER
+        )
+        assert torch.equal(guided(x, 5), together(x, 5))
+        assert torch.equal(asked[0], predictions[half])
 
 
 def test_without_guidance_the_batch_is_single():
@@ -153,15 +208,16 @@ def test_without_guidance_the_batch_is_single():
     model = GaussianData("epsilon")
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     scheduler = make_scheduler("DDIM", "epsilon")
-    denoise(model, scheduler, 2, balanced_noise(), TEXT, MASK, TEXT, MASK, 1.0)
-    denoise(model, scheduler, 2, balanced_noise(), TEXT, MASK, TEXT, MASK, 3.0)
-    assert sizes == [1, 1, 2, 2]
+    run(model, scheduler, 2)
+    run(model, scheduler, 2, TEXT, TEXT, 3.0)
+    run(model, scheduler, 2, TEXT, TEXT, 3.0, halves=Halves.IN_TURNS)
+    assert sizes == [1, 1, 2, 2, 1, 1, 1, 1]
 
 
 def test_latents_stay_in_float32_for_a_16_bit_model():
     model = GaussianData("epsilon").bfloat16()
     dtypes = []
-    model.register_forward_pre_hook(lambda module, inputs: dtypes.append((inputs[0].dtype, inputs[2].dtype)))
+    model.register_forward_pre_hook(lambda module, inputs: dtypes.append((inputs[0].dtype, inputs[2][0].dtype)))
     result = sample("EulerDiscrete", "epsilon", model=model)
     assert set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
     assert result.dtype == torch.float32
@@ -207,6 +263,43 @@ def test_steps_that_go_wrong_are_user_errors(method, zero_snr, steps, words):
 def test_the_greatest_number_of_steps_works(method, zero_snr):
     most = {"PNDM": 500, "DPMSolverMultistep": 999, "DEISMultistep": 999}.get(method, 1000)
     assert abs(sample(method, "v_prediction", zero_snr, most).mean() - MEAN) < 0.02
+
+
+@pytest.mark.parametrize("method", SAMPLE_METHODS)
+def test_no_step_waits_for_the_device(method):
+    """Tensors of the meta device have no contents: whoever asked for them, as a wait does, would fail."""
+    scheduler = make_scheduler(method, "epsilon", False, method == FLOW_METHOD)
+    timesteps = scheduler.set_steps(10)
+    latents = scheduler.initial(torch.empty(SHAPE, device="meta"))
+    for timestep in timesteps:
+        x = scheduler.model_input(latents, timestep)
+        latents = scheduler.step(torch.empty_like(x), timestep, latents, torch_generator("steps"))
+    assert latents.is_meta and latents.shape == SHAPE
+
+
+def test_noise_goes_to_a_gpu_through_pinned_memory(monkeypatch):
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: copies.append("pinned") or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *place, **how: copies.append((place, how)) or x)
+    with samplers._NoiseToDevice(torch.device("cuda")):
+        drawn = torch.randn(3, generator=torch_generator("steps"))
+        torch.zeros(3)
+    assert copies == ["pinned", ((torch.device("cuda"),), {"non_blocking": True})]
+    assert torch.equal(drawn, torch.randn(3, generator=torch_generator("steps")))
+
+
+def test_a_callback_ends_the_loop():
+    class Enough(Exception):
+        pass
+
+    def stop(done, calls):
+        if done == 3:
+            raise Enough
+
+    model = GaussianData("epsilon")
+    with pytest.raises(Enough):
+        sample("DDIM", "epsilon", steps=9, model=model, on_step=stop)
+    assert len(model.seen) == 3
 
 
 def test_numbers_that_are_not_finite_are_a_user_error():
