@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from osp_fast.kernels.rope3d import Rope3D, rope3d
 from osp_fast.models.attention_backends import BY_DEVICE, AttentionBackend
+from osp_fast.models.token_exchange import TokenExchange
 
 MODE_WORDS = {"full": "full", "single": "single skip", "group": "group skip"}
 
@@ -49,15 +50,21 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.mode, self.sparse_n = heads, mode, sparse_n
         self.backend: AttentionBackend = BY_DEVICE
+        self.exchange: TokenExchange | None = None
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: Rope3D, tokens: VisibleKeys) -> Tensor:
-        """x (B, N, width) -> (B, N, width)."""
+        """x (B, N, width) -> (B, N, width); with an exchange this rank's tokens, where `tokens` are all of the clip."""
         qkv_bn3hd = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        if self.exchange is not None:
+            return self.exchange.attend(self, qkv_bn3hd, rope, tokens)
         q_bnhd, k_bnhd, v_bnhd = rope3d(qkv_bn3hd, rope, inplace=True)
-        out_bnhd = self.backend.function(q_bnhd, k_bnhd, v_bnhd, self.mode, self.sparse_n, *tokens)
-        return self.out(out_bnhd.flatten(2))
+        return self.out(self.attend(q_bnhd, k_bnhd, v_bnhd, tokens).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: VisibleKeys) -> Tensor:
+        """q and k, already rotated, and v (B, N, h, D) of all tokens and any number of heads -> (B, N, h, D)."""
+        return self.backend.function(q, k, v, self.mode, self.sparse_n, *tokens)
 
 
 class CrossAttention(nn.Module):

@@ -20,7 +20,9 @@ from osp_fast.kernels.rope3d import Rope3D, make_rope3d
 from osp_fast.models.attention import CrossAttention, SelfAttention, TextKeys, VisibleKeys, describe_attention
 from osp_fast.models.attention_backends import select_attention
 from osp_fast.models.dit_checkpoint import checkpoint_place
+from osp_fast.models.patches import PatchEmbedding, unpatchify
 from osp_fast.models.time_embedding import TimeContext, TimeEmbedding
+from osp_fast.models.token_exchange import TokenExchange
 from osp_fast.models.weights import PretrainedModel
 from osp_fast.seeding import torch_generator
 
@@ -223,8 +225,9 @@ class DiT(PretrainedModel):
         super().__init__()
         self.config = config
         self.rope_dtype: torch.dtype | None = None
+        self.exchange: TokenExchange | None = None
         width = config.width
-        self.patch_embed = nn.Conv3d(config.in_channels, width, config.patch, stride=config.patch)
+        self.patch_embed = PatchEmbedding(config.in_channels, width, config.patch)
         self.time_embed = TimeEmbedding(width)
         self.text_embed = nn.Sequential(
             nn.Linear(config.caption_channels, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
@@ -280,6 +283,16 @@ class DiT(PretrainedModel):
             block.self_attention.backend = block.cross_attention.backend = backend
         return self
 
+    def share_tokens(self, exchange: TokenExchange | None) -> "DiT":
+        """Compute a part of each clip's tokens, other ranks the rest; None: all here. Returns the model.
+
+        All that `forward` is given, and what it returns, stays that of the whole clip.
+        """
+        self.exchange = exchange
+        for block in self.transformer_blocks:
+            block.self_attention.exchange = exchange
+        return self
+
     def recompute_blocks(self, recompute: Sequence[Recompute | None] | Recompute | None) -> "DiT":
         """What each block (or every block) recomputes in backward instead of keeping it. Returns the model.
 
@@ -329,7 +342,7 @@ class DiT(PretrainedModel):
         size = tuple(length // p for length, p in zip(latents.shape[2:], patch, strict=True))
         if any(length % p for length, p in zip(latents.shape[2:], patch, strict=True)):
             raise ValueError(f"latents of (T, H, W) = {tuple(latents.shape[2:])} do not divide into patches of {patch}")
-        x = self.patch_embed(latents).flatten(2).transpose(1, 2).contiguous()
+        x = self.patch_embed(latents, self.exchange)
         time = timestep if isinstance(timestep, TimeContext) else self.time_embed(timestep)
         if isinstance(text, TextContext):
             texts, text_tokens = text
@@ -359,13 +372,8 @@ class DiT(PretrainedModel):
             x, pending = step_cache(x, lambda x: _settled(*run(x, 0, 1)), lambda x: _settled(*run(x, 1, None))), None
         rows = self.scale_shift_table.unbind(0)
         _, x = _add_norm_modulate(x, pending, (time.embedded, time.embedded), rows, self.norm_out)
-        return self._unpatchify(self.proj_out(x), size)
-
-    def _unpatchify(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
-        """(B, N, p_t * p_h * p_w * C) -> (B, C, T, H, W)."""
-        x = x.unflatten(1, size).unflatten(-1, (*self.config.patch, -1))
-        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
-        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        y = self.proj_out(x)
+        return unpatchify(y if self.exchange is None else self.exchange.gather(y, math.prod(size)), size, patch)
 
     def to_checkpoint(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Fused parameters -> one tensor per product, under the names of released checkpoints."""
