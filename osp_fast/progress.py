@@ -41,6 +41,12 @@ class Progress:
         """Let the estimate count from now: what was done since the start was preparation."""
         self._started_at = self._clock()
 
+    def expect(self, total: int) -> None:
+        """Let there be `total` units in all, as is known by now."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.total = total
+
     def pace(self, done: int) -> float:
         """Mean seconds per unit since the start; `done` units, more than `first`, are done."""
         return (self._clock() - self._started_at) / (done - self._first)

@@ -25,7 +25,7 @@ from osp_fast.models.text_encoder import find_folder
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.models.wfvae_plan import Planner, Task
 from osp_fast.models.wfvae_stream import SPACE_STRIDE, TIME_STRIDE
-from osp_fast.pipeline import pixel_type, to_frames
+from osp_fast.pipeline.decoding import pixel_type, to_frames
 from osp_fast.progress import Progress, say
 
 DEFAULT_FPS = 24.0  # of a video that does not say

@@ -19,13 +19,14 @@ from osp_fast.config import SAMPLE_PRESETS, SampleConfig, TrainConfig
 from osp_fast.data.buckets import Bucket, Plan
 from osp_fast.data.captions import clean_caption
 from osp_fast.data.write import image_grid
-from osp_fast.diffusion.denoise import FLOW_METHOD
+from osp_fast.diffusion.samplers import FLOW_METHOD
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
 from osp_fast.models.text_encoder import TextEncoder
 from osp_fast.models.weights import write_json
 from osp_fast.models.wfvae import WFVAE
-from osp_fast.pipeline import NEGATIVE_PROMPT, PROMPT_TEMPLATE, VideoPipeline, resolve_parametrization
+from osp_fast.pipeline import ClipSettings, VideoPipeline, resolve_parametrization
+from osp_fast.pipeline.settings import NEGATIVE_PROMPT, PROMPT_TEMPLATE
 from osp_fast.sample_files import ClipFiles, Grid, versions
 from osp_fast.training.build import compute_dtype, load_text_encoder, load_vae
 from osp_fast.training.state import recipe_of
@@ -176,7 +177,8 @@ class ValidationSampler:
         vae = self._vae if loaded else load_vae(model, self._device)
         pipeline = VideoPipeline(dit, vae, self._texts, self._recipe, self._device)
         tiling = TILING_FRAMES if model.enable_tiling else None
-        decode = pipeline.decoder(*self.bucket, vae_memory=model.vae_memory, most_latent_frames=tiling)
+        settings = {name: value for name, value in self._settings.items() if name != "seed"}
+        decode = pipeline.decoder(ClipSettings(**settings, vae_memory=model.vae_memory, most_latent_frames=tiling))
         grid, paths = Grid.of(len(latents), self.bucket.width), []
         with ClipFiles(lambda index: folder / str(index), self.bucket.frames, fps) as files:
             for index, clip in enumerate(latents):

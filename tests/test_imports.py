@@ -23,12 +23,15 @@ ALLOWED = {
     "parallel": LEAVES | {"device", "kernels", "models"},
     "engine": LEAVES | {"kernels", "models"},
     "training": LEAVES | {"progress", "device", "models", "diffusion", "data", "parallel", "engine"},
-    "pipeline": LEAVES | {"device", "models", "diffusion"},
+    "pipeline": LEAVES | {"device", "models", "diffusion", "parallel", "engine"},
     "sample_files": LEAVES | {"data"},
+    "sampling": LEAVES
+    | {"checks", "progress", "device", "models", "diffusion", "data", "parallel", "engine", "training", "pipeline"}
+    | {"sample_files"},
     "validation": LEAVES | {"device", "models", "diffusion", "data", "training", "pipeline", "sample_files"},
     "assets": LEAVES | {"kernels", "models", "data"},
 }
-ENTRY_POINTS = {"train", "sample", "inspect", "demo", "reconstruct", "encode"}
+ENTRY_POINTS = {"train", "sample", "serve", "inspect", "demo", "reconstruct", "encode"}
 BENCH_MAY_NOT_IMPORT = {"tests", "kernels", "av", "PIL", "diffusers", "transformers", "tensorboard"}
 KERNELS_MAY_IMPORT = {"torch", "triton", "osp_fast"} | {
     "collections",

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from osp_fast.config import Recipe
-from osp_fast.diffusion.denoise import FLOW_METHOD
+from osp_fast.diffusion.samplers import FLOW_METHOD
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.wfvae import WFVAE
-from osp_fast.pipeline import NEGATIVE_PROMPT, VideoPipeline, resolve_parametrization
+from osp_fast.pipeline import VideoPipeline, resolve_parametrization
+from osp_fast.pipeline.settings import NEGATIVE_PROMPT
 
 VAE_FOLDER = Path(__file__).parent / "golden/vae"
 CONFIG = DiTConfig(
@@ -52,8 +53,13 @@ def networks():
 
 
 @pytest.fixture
-def pipeline(networks):
-    return VideoPipeline(*networks, LetterStates())
+def letters():
+    return LetterStates()
+
+
+@pytest.fixture
+def pipeline(networks, letters):
+    return VideoPipeline(*networks, letters)
 
 
 def frames_of(pipeline, prompts=("a cat",), **changes):
@@ -79,16 +85,16 @@ def test_clips_come_prompt_by_prompt(pipeline):
         assert clip.frames.std() > 1
 
 
-def test_texts_are_encoded_once_with_template_and_negative_prompt(pipeline):
+def test_texts_are_encoded_once_with_template_and_negative_prompt(pipeline, letters):
     frames_of(pipeline, ["a cat", "a dog"], samples_per_prompt=2)
     prefix = "high quality, high aesthetic, "
-    assert pipeline.text_encoder.asked == [prefix + "a cat", prefix + "a dog", NEGATIVE_PROMPT]
-    pipeline.text_encoder.asked.clear()
+    assert letters.asked == [prefix + "a cat", prefix + "a dog", NEGATIVE_PROMPT]
+    letters.asked.clear()
     frames_of(pipeline, negative_prompt="", guidance_scale=2.0)
-    assert pipeline.text_encoder.asked == [prefix + "a cat", ""]
-    pipeline.text_encoder.asked.clear()
+    assert letters.asked == [prefix + "a cat", ""]
+    letters.asked.clear()
     frames_of(pipeline, guidance_scale=1.0)
-    assert pipeline.text_encoder.asked == [prefix + "a cat"]
+    assert letters.asked == [prefix + "a cat"]
 
 
 @pytest.mark.parametrize("method", ["DDIM", "EulerAncestralDiscrete"])
@@ -128,21 +134,20 @@ def test_frames_come_while_the_clip_is_decoded(pipeline):
     assert len(said) == 1 and said[0].startswith("VAE decode of 17x16x32: 2 of 5 latent frames at once")
 
 
-def test_memory_that_is_not_enough_is_refused_before_anything_is_computed(pipeline):
+def test_memory_that_is_not_enough_is_refused_before_anything_is_computed(pipeline, letters):
     with pytest.raises(UserError, match="VAE decode of 5x16x32 needs at least .* by --vae_memory"):
         pipeline.generate(["a cat"], **SETTINGS, vae_memory=1000)
-    assert not pipeline.text_encoder.asked
+    assert not letters.asked
     base = frames_of(pipeline, num_frames=9)[0].astype(int)
     assert np.abs(frames_of(pipeline, num_frames=9, vae_memory=3 << 20)[0] - base).max() <= 1
 
 
-def test_save_memory_holds_one_network_at_a_time(networks, pipeline, monkeypatch):
+def test_save_memory_holds_one_network_at_a_time(networks, letters, pipeline, monkeypatch):
     base = frames_of(pipeline)[0]
     # cpu:0, so that a move to the device differs from one back to the CPU.
-    frugal = VideoPipeline(*networks, LetterStates(), device="cpu:0", save_memory=True)
+    frugal = VideoPipeline(*networks, letters, device="cpu:0", save_memory=True)
     moves = []
-    for name in ("text_encoder", "dit", "vae"):
-        network = getattr(frugal, name)
+    for name, network in zip(("dit", "vae", "text_encoder"), (*networks, letters), strict=True):
         monkeypatch.setattr(network, "to", lambda place, name=name: moves.append((name, str(place))))
     clips = frames_of(frugal, samples_per_prompt=2)
     assert np.array_equal(clips[0], base)

@@ -19,9 +19,10 @@ from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.lora import merge_lora, save_lora
 from osp_fast.models.wfvae import WFVAE
-from osp_fast.pipeline import NEGATIVE_PROMPT
-from osp_fast.sample import main, read_prompts
+from osp_fast.pipeline.settings import NEGATIVE_PROMPT
+from osp_fast.sample import main
 from osp_fast.sample_files import smaller
+from osp_fast.sampling.prompts import read_prompts
 
 VAE_FOLDER = Path(__file__).parent / "golden/vae"
 CONFIG = DiTConfig(
@@ -127,9 +128,9 @@ def test_as_a_program(flags, tmp_path):
     assert "  sample_method: DDIM\n" in done.stderr  # the resolved settings
     assert "clip 1/1, step 2/2:" in done.stderr
     assert f"wrote {tmp_path / 'out' / 'DDIM_0_gs3.0_s2.mp4'}" in done.stderr
-    failed = subprocess.run([*call, *command_line(flags, sp=True)], capture_output=True, text=True, env=environment)
+    failed = subprocess.run([*call, *command_line(flags, steps=0)], capture_output=True, text=True, env=environment)
     assert failed.returncode == 2
-    assert failed.stderr.splitlines()[-1].startswith("error: --sp is not part of this version")
+    assert failed.stderr.splitlines()[-1].startswith("error: --steps is not a flag of osp_fast.sample")
 
 
 def test_video_holds_the_frames(flags):
@@ -226,8 +227,7 @@ def test_newest_checkpoint_of_a_run(flags, models, capsys):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(sp=True), "--sp is not part"),
-        (dict(caption_refiner="llama"), "--caption_refiner is not part"),
+        (dict(caption_refiner="llama"), "no model folder .* at llama"),
         (dict(model_path="missing"), "missing.*config.json|config.json.* missing"),
         (dict(ae_path="missing"), "missing"),
         (dict(text_encoder_name_1="missing"), "missing"),
@@ -261,12 +261,6 @@ def test_mistakes_end_in_one_sentence(flags, models, tmp_path, monkeypatch, chan
     with pytest.raises(UserError, match=words):
         main(command_line(flags, **changes))
     assert not list(tmp_path.glob("**/*.mp4"))
-
-
-def test_several_processes_are_refused(flags, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE=2"):
-        main(command_line(flags))
 
 
 def test_networks_that_do_not_fit_are_refused(flags, tmp_path):
@@ -318,7 +312,13 @@ def test_attention_is_chosen_and_told(flags, capsys, attention, told):
 
 def test_compile_reaches_every_block(flags, monkeypatch):
     compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+
+    def compile(forward, **options):
+        compiled.append(type(forward.__self__).__name__)
+        assert options["fullgraph"] and not options["dynamic"]
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile)
     run(flags, compile=True)
     assert compiled == ["Block", "Block"]
 

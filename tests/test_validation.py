@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from osp_fast import validation
 from osp_fast.config import TrainConfig
@@ -21,11 +20,12 @@ from osp_fast.data.annotations import Entry
 from osp_fast.data.buckets import Bucket, Clip, Plan
 from osp_fast.data.decode import read_video
 from osp_fast.data.geometry import Geometry
-from osp_fast.diffusion.denoise import FLOW_METHOD
+from osp_fast.diffusion.samplers import FLOW_METHOD
 from osp_fast.diffusion.schedule import DiffusionObjective
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.wfvae import WFVAE
+from osp_fast.parallel.apply import shard_dit
 from osp_fast.pipeline import VideoPipeline
 from osp_fast.training.state import recipe_of
 from osp_fast.training.step import DenoisingLoss, MicroBatch
@@ -249,9 +249,7 @@ def test_sharded_weights_are_gathered_and_left_as_they_were(config, plan, vae):
     try:
         clips, plain, sharded = [], make_dit(), make_dit()
         mesh = init_device_mesh("cpu", (1,))
-        for block in sharded.transformer_blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
+        shard_dit(sharded, mesh)
         sampler = ValidationSampler(config, plan, CPU, vae, Letters(), on_clip=lambda *clip: clips.append(clip[2]))
         for dit in (plain, sharded):
             shards = list(dit.parameters())

@@ -286,3 +286,14 @@ def read_video(file: str | Path) -> np.ndarray:
     """All frames of a video as shown, uint8 (T, H, W, 3), decoded in this process; UserError if that fails."""
     with open_video(file) as (_, pieces):
         return np.concatenate(list(pieces))
+
+
+def read_image(file: str | Path) -> np.ndarray:
+    """An image as shown, uint8 (H, W, 3); UserError if it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return np.asarray(_image_to_rgb(image))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as an image ({error}): make it again") from None

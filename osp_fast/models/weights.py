@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -64,8 +64,23 @@ class PretrainedModel(nn.Module):
         return model.requires_grad_(True)
 
     @classmethod
-    def read_config(cls, folder: str | Path) -> Any:
-        """config.json of a model folder as this model's config dataclass. Raises `UserError`."""
+    def on_meta(cls: type[ModelT], folder: str | Path, dtype: torch.dtype = torch.float32) -> ModelT:
+        """The model of a folder's config.json without weights: shapes and types only. Raises `UserError`."""
+        with torch.device("meta"):
+            return cls(cls.read_config(folder, quiet=True)).to(dtype)
+
+    @classmethod
+    def check_pretrained(cls, folder: str | Path) -> None:
+        """Raise the `UserError` that `from_pretrained` would, as far as the heads of the files tell: at once."""
+        model = cls.on_meta(folder)
+        check_tensors(Path(folder), read_shapes(Path(folder)), model.to_checkpoint(model.state_dict()))
+
+    @classmethod
+    def read_config(cls, folder: str | Path, quiet: bool = False) -> Any:
+        """config.json of a model folder as this model's config dataclass. Raises `UserError`.
+
+        quiet: say nothing of keys that have no effect
+        """
         path = Path(folder) / "config.json"
         values = read_json(path)
         found = values.get("_class_name")
@@ -76,7 +91,7 @@ class PretrainedModel(nn.Module):
             if values.get(key, supported) != supported:
                 raise UserError(f"{path}: {key} is {values[key]!r}, but only {supported!r} is supported")
         ignored = sorted(k for k in values if k not in fields and k not in cls.fixed_config and not k.startswith("_"))
-        if ignored:
+        if ignored and not quiet:
             print(f"note: {path}: keys without effect: {', '.join(ignored)}", file=sys.stderr)
         missing = [name for name, f in fields.items() if name not in values and f.default is dataclasses.MISSING]
         if missing:
@@ -157,6 +172,26 @@ def read_recipe(folder: str | Path) -> Recipe | None:
 
 def read_tensors(folder: Path, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
     """All tensors of a model folder, floating point ones as dtype. Raises `UserError` on missing or broken files."""
+
+    def read(opened: Any, name: str) -> Tensor:
+        tensor = opened.get_tensor(name)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return _read_files(folder, str(device), read)
+
+
+def read_shapes(folder: Path) -> dict[str, Tensor]:
+    """The same on the meta device, from the heads of the files; floating point tensors as float32, others as int8."""
+
+    def read(opened: Any, name: str) -> Tensor:
+        head = opened.get_slice(name)
+        dtype = torch.float32 if "F" in head.get_dtype() else torch.int8
+        return torch.empty(head.get_shape(), dtype=dtype, device="meta")
+
+    return _read_files(folder, "cpu", read)
+
+
+def _read_files(folder: Path, device: str, read: Callable[[Any, str], Tensor]) -> dict[str, Tensor]:
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -169,10 +204,9 @@ def read_tensors(folder: Path, dtype: torch.dtype, device: torch.device | str) -
         if not file.is_file():
             raise UserError(f"{file} is missing: copy the weights there, or name another model folder")
         try:
-            with safe_open(file, framework="pt", device=str(device)) as opened:
+            with safe_open(file, framework="pt", device=device) as opened:
                 for name in opened.keys():  # noqa: SIM118 - the handle is no dict
-                    tensor = opened.get_tensor(name)
-                    tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                    tensors[name] = read(opened, name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is not a complete safetensors file ({error}): copy it again") from None
     if weight_map is not None and set(weight_map) != set(tensors):

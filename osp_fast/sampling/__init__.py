@@ -1,0 +1,1 @@
+"""What a sampling run does around the pipeline: prompts, shares of many processes, files."""

@@ -1,0 +1,113 @@
+"""The text stages of a run: prompts rewritten by the refiner, and encoded; each once, however many processes there are.
+
+Several processes share what they have made through small files. Prompts are rewritten by all of them; the text encoder,
+which is large to load and quick to use, runs in the first one that comes to it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from osp_fast.data.identity import model_files
+from osp_fast.diffusion.denoise import Text
+from osp_fast.files import whole
+from osp_fast.models.weights import read_json, write_json
+from osp_fast.pipeline.run import Run
+from osp_fast.sampling.claims import Claims
+
+
+class TextStages:
+    """Rewrites and encodes the texts of a run.
+
+    folder: for what processes share, None: there is one process
+    facts: all that decides on the results beside the text itself
+    report: gets lines for the user
+    """
+
+    def __init__(self, run: Run, folder: Path | None, facts: dict[str, Any], report: Callable[[str], None]):
+        self._run, self._folder, self._report = run, folder, report
+        self._facts = json.dumps(facts, sort_keys=True, default=str)
+        self._claims = None if folder is None else Claims(folder)
+
+    def refine(self, prompts: Sequence[str], seed: int) -> list[str]:
+        """Each prompt rewritten, by itself; "" where the refiner had no answer."""
+        if self._claims is None:
+            with self._run.refiner() as refine:
+                return [self._told(prompt, refine(prompt, seed)) for prompt in prompts]
+        with ExitStack() as stack:
+            refine = None
+            shared = self._claims.share(
+                list(dict.fromkeys(prompts)),
+                lambda prompt: self._refined(prompt).name,
+                lambda prompt: self._refined(prompt).exists(),
+            )
+            for prompt, claim in shared:
+                if refine is None:
+                    refine = stack.enter_context(self._run.refiner())
+                answer = self._told(prompt, refine(prompt, seed))
+                with whole(self._refined(prompt)) as writing:
+                    write_json(writing, {"prompt": prompt, "refined": answer})
+                claim.release()
+        return [read_json(self._refined(prompt))["refined"] for prompt in prompts]
+
+    def encode(self, texts: Sequence[str]) -> list[Text]:
+        """Each text encoded, on the CPU."""
+        if self._claims is None:
+            with self._run.text_encoder() as encode:
+                return [encode(text) for text in texts]
+
+        def missing() -> list[str]:
+            return [text for text in dict.fromkeys(texts) if not self._encoded(text).exists()]
+
+        for _, claim in self._claims.share(["encode"], str, lambda _: not missing()):
+            with self._run.text_encoder() as encode:
+                for text in missing():
+                    _save(self._encoded(text), encode(text))
+            claim.release()
+        return [_load(self._encoded(text)) for text in texts]
+
+    def tidy(self) -> None:
+        """Remove what processes shared, when nothing needs it any more."""
+        if self._folder is not None:
+            for path in (*self._folder.glob("*.refined.json"), *self._folder.glob("*.text.safetensors")):
+                path.unlink(missing_ok=True)
+            self._claims.tidy()
+
+    def _told(self, prompt: str, answer: str) -> str:
+        self._report(f"refined: {answer}" if answer else f"the refiner has no answer to {prompt!r}: it stays as it is")
+        return answer
+
+    def _refined(self, prompt: str) -> Path:
+        return self._folder / f"{self._key(prompt)}.refined.json"
+
+    def _encoded(self, text: str) -> Path:
+        return self._folder / f"{self._key(text)}.text.safetensors"
+
+    def _key(self, text: str) -> str:
+        return hashlib.blake2b(f"{self._facts}\0{text}".encode(), digest_size=16).hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model folder's files, by their sizes and times: another one after any change."""
+    parts = [
+        (name, status.st_size, status.st_mtime_ns)
+        for name, path in model_files(folder).items()
+        for status in [path.stat()]
+    ]
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def _save(path: Path, text: Text) -> None:
+    from safetensors.torch import save_file
+
+    with whole(path) as writing:
+        save_file({"states": text.states.contiguous(), "mask": text.mask.contiguous()}, writing)
+
+
+def _load(path: Path) -> Text:
+    from safetensors.torch import load_file
+
+    return Text(**load_file(path))
