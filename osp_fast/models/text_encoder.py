@@ -1,8 +1,7 @@
 """mT5 and T5 encoders from a local transformers folder."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from osp_fast.errors import UserError
+from osp_fast.models.transformers_folder import (
+    load_config,
+    load_network,
+    load_tokenizer,
+    network_on_meta,
+    quiet_transformers,
+)
 
 ENCODER_CLASSES = {"mt5": "MT5EncoderModel", "t5": "T5EncoderModel", "umt5": "UMT5EncoderModel"}
 T5_WIDTH = 512  # of a config.json that leaves it out, as transformers has it
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model")
+# The encoder's embedding may stand in a file under the name that it shares with the decoder's.
+EMBEDDING = ("encoder.embed_tokens.weight",)
+# google/mt5-xxl
+MT5_XXL = dict(
+    vocab_size=250112, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+)
 
 
 class TextEncoderFacts(NamedTuple):
@@ -58,34 +70,10 @@ class TextEncoder(nn.Module):
             raise UserError(f"the text encoder runs in float32 or bfloat16, not {dtype}: T5 overflows in float16")
         folder = find_folder(name, cache_dir)
         facts = read_facts(folder)
-        # Without its files transformers would build an empty tokenizer, which turns every word into <unk>.
-        if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-            raise UserError(f"{folder}: the tokenizer is missing ({' or '.join(TOKENIZER_FILES)}): copy it there")
-        import transformers
-
-        encoder_class = getattr(transformers, ENCODER_CLASSES[facts.model_type])
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # as below: no common base, each means a broken or missing file
-            raise UserError(
-                f"{folder}: the tokenizer cannot be loaded ({_first_line(error)}): copy its files"
-            ) from None
-        try:
-            with _quiet_loading():
-                encoder, info = encoder_class.from_pretrained(
-                    folder, dtype=dtype, local_files_only=True, output_loading_info=True
-                )
-        except Exception as error:  # the loader's errors have no common base; each means a broken or missing file
-            raise UserError(
-                f"{folder}: the weights cannot be loaded ({_first_line(error)}): copy them again"
-            ) from error
+        tokenizer = load_tokenizer(folder, TOKENIZER_FILES)
+        encoder = load_network(ENCODER_CLASSES[facts.model_type], folder, dtype, "encoder", found_elsewhere=EMBEDDING)
         if tokenizer.pad_token_id is None:
             raise UserError(f"{folder}: tokenizer_config.json names no pad_token: copy the tokenizer's files again")
-        # The encoder's embedding may stand in the file under the name that it shares with the decoder's.
-        missing = sorted(set(info["missing_keys"]) - {"encoder.embed_tokens.weight"})
-        if missing or info["mismatched_keys"]:
-            name = missing[0] if missing else next(iter(info["mismatched_keys"]))
-            raise UserError(f"{folder}: the weights do not fit the encoder ({name}): copy the folder again")
         return cls(tokenizer, encoder.to(device), facts, max_length)
 
     @torch.no_grad()
@@ -131,21 +119,24 @@ def read_facts(folder: Path) -> TextEncoderFacts:
     return TextEncoderFacts(model_type, width, model_type in ("mt5", "umt5"))
 
 
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Keep transformers' bars, and its report on the decoder's weights that an encoder leaves out, from the log."""
-    from transformers.utils import logging
+def text_encoder_on_meta(folder: Path | None, dtype: torch.dtype) -> nn.Module:
+    """The encoder of a folder's config.json without weights: shapes and types only; without a folder that of mT5-XXL.
 
-    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if enabled:
-            logging.enable_progress_bar()
+    It has what a `TextEncoder` has on its device: all but the vocabulary, so it is called with
+    `inputs_embeds` (B, L, width) and `attention_mask` (B, L). Its layers are `encoder_layers(network)`.
+    Raises `UserError`.
+    """
+    if folder is None:
+        with quiet_transformers():
+            from transformers import MT5Config
+        config, model_type = MT5Config(**MT5_XXL), "mt5"
+    else:
+        config, model_type = load_config(folder), read_facts(folder).model_type
+    network = network_on_meta(ENCODER_CLASSES[model_type], config, dtype)
+    network.set_input_embeddings(nn.Identity())
+    return network
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or repr(error)).strip().splitlines()[0]
+def encoder_layers(network: nn.Module) -> nn.ModuleList:
+    """The layers of a T5, mT5 or UMT5 encoder of transformers."""
+    return network.encoder.block
