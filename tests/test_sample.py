@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from osp_fast.config import Recipe
 from osp_fast.data.decode import read_video
 from osp_fast.errors import UserError
-from osp_fast.models.dit import DiT, DiTConfig
+from osp_fast.models.dit import DiT
 from osp_fast.models.lora import merge_lora, save_lora
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.pipeline.settings import NEGATIVE_PROMPT
@@ -24,40 +23,17 @@ from osp_fast.sample import main
 from osp_fast.sample_files import smaller
 from osp_fast.sampling.prompts import read_prompts
 
-VAE_FOLDER = Path(__file__).parent / "golden/vae"
-CONFIG = DiTConfig(
-    num_layers=2, num_attention_heads=2, attention_head_dim=24, caption_channels=16, cross_attention_dim=48
-)
+sys.path.insert(0, str(Path(__file__).parent / "sampling"))
+from small import CONFIG, VAE_FOLDER, command_line, save_text_encoder, small_dit, small_flags
+
 RECIPE = Recipe("v_prediction", True, False, 24.0, 9, "32x32", 16)
-WORDS = ["<pad>", "</s>", "<unk>", "high", "quality", "aesthetic", "low", "a", "red", "circle", "moves", "left"]
-
-
-def save_text_encoder(folder):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    config = T5Config(vocab_size=len(WORDS), d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        T5EncoderModel(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """dit/ as a release, run/ as a training run with two checkpoints, text/ a T5."""
     root = tmp_path_factory.mktemp("models")
-    dit = DiT.create(CONFIG, seed=0)
-    # A fresh DiT ends in zeros: fill them, so that its output depends on text and latents.
-    with torch.no_grad():
-        for parameter in dit.parameters():
-            if not parameter.any() and parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter, generator=torch.Generator().manual_seed(1))
+    dit = small_dit()
     dit.save_pretrained(root / "dit")
     dit.save_pretrained(root / "run/checkpoint-9/model", RECIPE)
     for part in ("model", "model_ema"):
@@ -78,32 +54,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def flags(models, tmp_path):
-    return dict(
-        model_path=models / "dit",
-        text_encoder_name_1=models / "text",
-        ae="tiny",
-        ae_path=VAE_FOLDER,
-        text_prompt=["A red circle"],
-        num_frames=5,
-        height=16,
-        width=32,
-        num_sampling_steps=2,
-        guidance_scale=3,
-        max_sequence_length=16,
-        sample_method="DDIM",
-        save_img_path=tmp_path / "out",
-        device="cpu",
-    )
-
-
-def command_line(flags, **changes):
-    line = []
-    for name, value in {**flags, **changes}.items():
-        if value is True:
-            line.append(f"--{name}")
-        elif value is not None:
-            line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return line
+    return small_flags(models, tmp_path / "out")
 
 
 def run(flags, **changes):
