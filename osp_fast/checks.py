@@ -132,6 +132,13 @@ def check_sample(config: SampleConfig) -> list[str]:
         notices.append("--prediction_type and --rescale_betas_zero_snr have no effect with FlowMatchEulerDiscrete")
     if config.lora is None and config.lora_scale != SampleConfig.lora_scale:
         notices.append("--lora_scale has no effect without --lora")
+    if config.cuda_graphs:
+        for name, is_set in (("step_cache", config.step_cache), ("sp", config.sp), ("save_memory", config.save_memory)):
+            if is_set:
+                raise UserError(f"--cuda_graphs cannot hold what --{name} does: leave one of the two out")
+    for name in ("refiner_max_tokens", "refiner_temperature"):
+        if config.caption_refiner is None and getattr(config, name) != getattr(SampleConfig, name):
+            notices.append(f"--{name} has no effect without --caption_refiner")
     return notices
 
 

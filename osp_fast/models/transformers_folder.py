@@ -76,14 +76,24 @@ def network_on_meta(network_class: str, config: Any, dtype: torch.dtype) -> nn.M
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep from the log what users can do nothing about.
+def quiet_logging() -> Iterator[None]:
+    """Keep warnings from the log.
 
-    That is transformers' bars and its reports on weights that a network has no use for, and what torchao, which
-    transformers imports where it is installed, says about those of its kernels that are for other machines.
+    transformers imports torchao where it is installed, which reports on those of its kernels that are for other
+    machines; users can do nothing about that.
     """
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep from the log what users can do nothing about: bars, and reports on weights that a network has no use for."""
+    with quiet_logging():
         from transformers.utils import logging as its_logging
 
         enabled, verbosity = its_logging.is_progress_bar_enabled(), its_logging.get_verbosity()
@@ -95,8 +105,6 @@ def quiet_transformers() -> Iterator[None]:
             its_logging.set_verbosity(verbosity)
             if enabled:
                 its_logging.enable_progress_bar()
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def first_line(error: BaseException) -> str:

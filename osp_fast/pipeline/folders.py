@@ -1,5 +1,6 @@
 """The pipeline's networks from their folders: what is checked before anything is loaded, and how each is loaded."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from osp_fast.models.lora import merge_lora
 from osp_fast.models.lora_files import Lora
 from osp_fast.models.text_encoder import TextEncoder, read_facts
 from osp_fast.models.wfvae import WFVAE
-from osp_fast.pipeline.networks import Held
+from osp_fast.models.wfvae_plan import gib
+from osp_fast.pipeline.networks import Held, NetworkT
 
 SIZES_TO_COMPILE = 8  # that a web page may ask for
 
@@ -74,8 +76,10 @@ class ModelFolders:
         """The VAE without weights, for plans."""
         return WFVAE.on_meta(self.vae, self.dtype)
 
-    def held_dit(self, device: torch.device, leaves: bool, loaded: Callable[[DiT], None]) -> Held[DiT]:
-        """The DiT, which stays in memory; `loaded` is called with it, on the CPU."""
+    def held_dit(
+        self, device: torch.device, leaves: bool, report: Callable[[str], None], join: Callable[[DiT], None]
+    ) -> Held[DiT]:
+        """The DiT, which stays in memory; `join` is called with it, on the CPU."""
 
         def load() -> DiT:
             dit = DiT.from_pretrained(self.dit, self.dtype).requires_grad_(False).eval()
@@ -83,7 +87,8 @@ class ModelFolders:
             dit.rope_dtype = torch.bfloat16 if self.round_rope_angles else None
             if self.lora is not None:
                 merge_lora(dit, self.lora, self.lora_scale)
-            loaded(dit)
+            report(f"attention: {dit.attention_summary()}")
+            join(dit)
             if self.compile:
                 compile_blocks(dit, SIZES_TO_COMPILE)
             return dit
@@ -91,43 +96,64 @@ class ModelFolders:
         def blocks(dit: DiT) -> list[torch.nn.Module]:
             return list(dit.transformer_blocks)
 
-        return Held(device, load=load, leaves=leaves, blocks=blocks, methods=("forward", "text_keys"))
+        told = _told("DiT", load, report)
+        return Held(device, load=told, leaves=leaves, blocks=blocks, methods=("forward", "text_keys"))
 
-    def held_vae(self, device: torch.device, leaves: bool) -> Held[WFVAE]:
+    def held_vae(self, device: torch.device, leaves: bool, report: Callable[[str], None]) -> Held[WFVAE]:
         """The VAE, which stays in memory."""
-        return Held(
-            device,
-            load=lambda: WFVAE.from_pretrained(self.vae, self.dtype).requires_grad_(False).eval(),
-            leaves=leaves,
-        )
 
-    def held_text_encoder(self, device: torch.device, keep: bool) -> Held[TextEncoder]:
+        def load() -> WFVAE:
+            return WFVAE.from_pretrained(self.vae, self.dtype).requires_grad_(False).eval()
+
+        return Held(device, load=_told("VAE", load, report), leaves=leaves)
+
+    def held_text_encoder(self, device: torch.device, keep: bool, report: Callable[[str], None]) -> Held[TextEncoder]:
         """The text encoder, which leaves the device after use; keep: it stays in CPU memory."""
+
+        def load() -> TextEncoder:
+            return TextEncoder.from_pretrained(self.text_encoder, self.dtype, "cpu", self.max_length)
+
         return Held(
             device,
-            load=lambda: TextEncoder.from_pretrained(self.text_encoder, self.dtype, "cpu", self.max_length),
+            load=_told("text encoder", load, report),
             keep=keep,
             leaves=True,
             blocks=lambda encoder: list(encoder.blocks),
         )
 
-    def held_refiner(self, device: torch.device, keep: bool) -> Held[Any] | None:
+    def held_refiner(self, device: torch.device, keep: bool, report: Callable[[str], None]) -> Held[Any] | None:
         """The prompt refiner, if there is one; as the text encoder."""
         if self.refiner is None:
             return None
         from osp_fast.models.prompt_refiner import PromptRefiner
 
-        return Held(
-            device,
-            load=lambda: PromptRefiner.from_pretrained(
+        def load() -> PromptRefiner:
+            return PromptRefiner.from_pretrained(
                 self.refiner,
                 self.dtype,
                 "cpu",
                 max_new_tokens=self.refiner_max_tokens,
                 temperature=self.refiner_temperature,
                 eight_bit=self.text_8bit,
-            ),
+            )
+
+        return Held(
+            device,
+            load=_told("prompt refiner", load, report),
             keep=keep,
             leaves=True,
             blocks=lambda refiner: list(refiner.blocks),
         )
+
+
+def _told(name: str, load: Callable[[], NetworkT], report: Callable[[str], None]) -> Callable[[], NetworkT]:
+    """`load` with a line on what it took."""
+
+    def told() -> NetworkT:
+        started = time.monotonic()
+        network = load()
+        size = sum(x.numel() * x.element_size() for x in (*network.parameters(), *network.buffers()))
+        report(f"{name}: {gib(size)} loaded in {time.monotonic() - started:.1f} s")
+        return network
+
+    return told

@@ -93,11 +93,18 @@ class Run:
             texts = [encode(text) for text in self.settings.texts(prompts)]
         return texts, texts.pop() if self.settings.guided else None
 
+    def load(self) -> None:
+        """Bring the DiT and the VAE to their places now, so that the first clip's time is its own."""
+        self._stream_dit()
+        for held in (self._networks.dit, self._networks.vae):
+            if not held.leaves:
+                with held.use():
+                    pass
+
     def sampler(self) -> ClipSampler:
         """What denoises clips."""
         networks, plan = self._networks, self.plan
-        if plan is not None:
-            networks.dit.stream(plan.dit_streamed, plan.slots)
+        self._stream_dit()
         return ClipSampler(
             networks.dit,
             networks.config,
@@ -118,6 +125,10 @@ class Run:
     def beside(self) -> Beside:
         """What decodes a clip while the next one is denoised, if there is memory for both."""
         return Beside(self._networks.device, self.plan is not None and self.plan.overlap)
+
+    def _stream_dit(self) -> None:
+        if self.plan is not None:
+            self._networks.dit.stream(self.plan.dit_streamed, self.plan.slots)
 
     def _make_room(self) -> None:
         self._networks.dit.leave()

@@ -94,8 +94,7 @@ class VideoPipeline:
         place = torch.device(device)
         config = folders.check(place)
 
-        def loaded(dit: DiT) -> None:
-            report(f"attention: {dit.attention_summary()}")
+        def joined(dit: DiT) -> None:
             self.networks.team = None if join is None else join(dit)
 
         self.recipe = recipe
@@ -103,10 +102,10 @@ class VideoPipeline:
             place,
             config,
             folders.vae_on_meta(),
-            folders.held_dit(place, save_memory, loaded),
-            folders.held_vae(place, save_memory),
-            folders.held_text_encoder(place, keep),
-            folders.held_refiner(place, keep),
+            folders.held_dit(place, save_memory, report, joined),
+            folders.held_vae(place, save_memory, report),
+            folders.held_text_encoder(place, keep, report),
+            folders.held_refiner(place, keep, report),
         )
         self._budget = Budget(folders, config, place, memory_budget, save_memory)
         self._cuda_graphs = cuda_graphs

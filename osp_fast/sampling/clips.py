@@ -158,6 +158,7 @@ class ClipMaker:
     ):
         self._output, self._prompts, self._negative, self._seed = output, prompts, negative, models.config.seed
         self._calls, self._done = run.calls, 0
+        run.load()
         self._sampler, self._decode = run.sampler(), run.decoder()
         self.progress = Progress(run.calls, quiet=not world.is_first)
         self._report = self.progress.message if world.is_first else report

@@ -11,6 +11,7 @@ from osp_fast.checks import with_recipe
 from osp_fast.config import Recipe, SampleConfig, as_dict
 from osp_fast.data.captions import clean_caption
 from osp_fast.device import resolve_dtype
+from osp_fast.engine.cuda_graphs import check_cuda_graphs
 from osp_fast.models.attention_backends import resolve_attention
 from osp_fast.models.dit import DiT
 from osp_fast.models.lora_files import agreed_recipe, load_lora
@@ -42,6 +43,7 @@ class Models:
     @classmethod
     def of(cls, config: SampleConfig, device: torch.device) -> "Models":
         """Raises `UserError` for what the flags, folders and small files say."""
+        check_cuda_graphs(config.cuda_graphs, device, 1)
         dtype = resolve_dtype(config.dtype, device)
         attention = resolve_attention(config.attention, device, dtype)
         dit = find_dit(config)

@@ -6,7 +6,7 @@ which is large to load and quick to use, runs in the first one that comes to it.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from osp_fast.diffusion.denoise import Text
 from osp_fast.files import whole
 from osp_fast.models.weights import read_json, write_json
 from osp_fast.pipeline.run import Run
+from osp_fast.progress import Progress
 from osp_fast.sampling.claims import Claims
+
+MANY_TEXTS = 20  # whose encoding may take long enough to be told
 
 
 class TextStages:
@@ -57,17 +60,28 @@ class TextStages:
         """Each text encoded, on the CPU."""
         if self._claims is None:
             with self._run.text_encoder() as encode:
-                return [encode(text) for text in texts]
+                return [encode(text) for text in self._counted(list(texts))]
 
         def missing() -> list[str]:
             return [text for text in dict.fromkeys(texts) if not self._encoded(text).exists()]
 
         for _, claim in self._claims.share(["encode"], str, lambda _: not missing()):
             with self._run.text_encoder() as encode:
-                for text in missing():
+                for text in self._counted(missing()):
                     _save(self._encoded(text), encode(text))
             claim.release()
         return [_load(self._encoded(text)) for text in texts]
+
+    def _counted(self, texts: list[str]) -> Iterator[str]:
+        """The texts, with lines on how many are encoded where there are many."""
+        if len(texts) < MANY_TEXTS:
+            yield from texts
+            return
+        progress = Progress(len(texts))
+        for done, text in enumerate(texts, 1):
+            yield text
+            progress.show(done, f"text {done}/{len(texts)}", "encoded")
+        progress.close()
 
     def tidy(self) -> None:
         """Remove what processes shared, when nothing needs it any more."""
