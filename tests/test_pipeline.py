@@ -1,6 +1,7 @@
 """The path from prompt to frames on a small random model."""
 
 import dataclasses
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.pipeline import VideoPipeline, resolve_parametrization
+from osp_fast.pipeline.decoding import Beside
+from osp_fast.pipeline.networks import Held
+from osp_fast.pipeline.run import Run
+from osp_fast.pipeline.sampler import padded, trimmed
 from osp_fast.pipeline.settings import NEGATIVE_PROMPT
 
 VAE_FOLDER = Path(__file__).parent / "golden/vae"
@@ -153,6 +158,100 @@ def test_save_memory_holds_one_network_at_a_time(networks, letters, pipeline, mo
     assert np.array_equal(clips[0], base)
     order = ["text_encoder", "dit", "vae", "dit", "vae"]
     assert moves == [(name, place) for name in order for place in ("cpu:0", "cpu")]
+
+
+def test_decoding_beside_the_next_clip_changes_nothing(pipeline, monkeypatch):
+    expected = list(pipeline.generate(["a cat", "a dog"], **SETTINGS, samples_per_prompt=2))
+    monkeypatch.setattr(Run, "beside", lambda run: Beside(torch.device("cpu"), overlap=True))
+    threads, calls, pieces = set(), [], []
+
+    def on_frames(prompt, sample, frames):
+        threads.add(threading.current_thread().name)
+        pieces.append((prompt, sample))
+
+    clips = pipeline.generate(
+        ["a cat", "a dog"],
+        **SETTINGS,
+        samples_per_prompt=2,
+        on_step=lambda *step: calls.append(step[:2]),
+        on_frames=on_frames,
+    )
+    first = next(clips)
+    assert calls == [(0, 0)] * 2 + [(0, 1)] * 2  # the second one is denoised before the first one is given
+    found = [first, *clips]
+    assert [(c.prompt_index, c.sample_index) for c in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(np.array_equal(a.frames, b.frames) for a, b in zip(found, expected, strict=True))
+    assert sorted(set(pieces)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert len(threads) == 1 and "decoding" in threads.pop()
+
+
+def test_an_error_of_decoding_beside_ends_the_run(pipeline, monkeypatch):
+    monkeypatch.setattr(Run, "beside", lambda run: Beside(torch.device("cpu"), overlap=True))
+
+    def full(prompt, sample, frames):
+        raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        list(pipeline.generate(["a cat", "a dog", "a bird"], **SETTINGS, on_frames=full))
+
+
+def test_a_callback_ends_a_run(pipeline):
+    class Enough(Exception):
+        pass
+
+    def stop(prompt, sample, done, calls):
+        if prompt == 1:
+            raise Enough
+
+    clips = pipeline.generate(["a cat", "a dog"], **SETTINGS, on_step=stop)
+    assert next(clips).prompt == "a cat"
+    with pytest.raises(Enough):
+        next(clips)
+
+
+def test_the_step_cache_is_off_by_default_and_of_one_clip(pipeline):
+    plain = frames_of(pipeline, steps=6, samples_per_prompt=2)
+    never = frames_of(pipeline, steps=6, samples_per_prompt=2, step_cache=1e-9)
+    often = frames_of(pipeline, steps=6, samples_per_prompt=2, step_cache=1.0)
+    for clip in (0, 1):
+        assert np.abs(plain[clip].astype(int) - never[clip]).max() <= 1
+        assert not np.array_equal(plain[clip], often[clip])
+    assert np.array_equal(frames_of(pipeline, steps=6, step_cache=1.0)[0], often[0])
+
+
+@torch.no_grad()
+def test_a_text_without_its_padding_is_the_same_text(networks):
+    dit = networks[0]
+    states = torch.randn(1, 9, CONFIG.caption_channels, generator=torch.Generator().manual_seed(3))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0, 0]])
+    kept = trimmed(states, mask)
+    assert kept.states.shape == (1, 4, CONFIG.caption_channels)
+    latents = torch.randn(1, 8, 2, 2, 4, generator=torch.Generator().manual_seed(4))
+    timestep = torch.tensor([500])
+    assert torch.equal(dit(latents, timestep, *padded(kept)), dit(latents, timestep, states, mask))
+    assert trimmed(states, torch.zeros_like(mask)).states.shape[1] == 0
+
+
+def test_a_network_from_a_folder_comes_and_goes():
+    loaded, device = [], torch.device("cpu")
+
+    def load():
+        loaded.append(nn.Linear(2, 2))
+        return loaded[-1]
+
+    held = Held(device, load=load, keep=False, leaves=True)
+    for _ in range(2):
+        with held.use() as network:
+            assert network is loaded[-1]
+    assert len(loaded) == 2
+    held = Held(device, load=load)  # one that stays
+    with held.use() as network:
+        pass
+    with held.use() as again:
+        assert again is network and len(loaded) == 3
+    held.leave()
+    with held.use() as again:  # from memory
+        assert again is network and len(loaded) == 3
 
 
 def test_flow_without_a_recipe(pipeline):

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from osp_fast.cli import reconstruct_parser, sample_parser, train_parser
+from osp_fast.cli import reconstruct_parser, sample_parser, serve_parser, train_parser
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
-OF_TORCHRUN = {"--nproc-per-node", "--shutdown-timeout", "--signals-to-handle"}
+OF_TORCHRUN = {"--nproc-per-node", "--max-restarts", "--shutdown-timeout", "--signals-to-handle"}
 
 
 def commands() -> list[str]:
@@ -36,7 +36,7 @@ def test_commands_are_accepted(command):
 def test_every_flag_that_is_mentioned_exists():
     known = {
         flag
-        for parser in (train_parser(), sample_parser(), reconstruct_parser())
+        for parser in (train_parser(), sample_parser(), serve_parser(), reconstruct_parser())
         for flag in parser._option_string_actions
     }
     known |= {"--json"}  # osp_fast.inspect's own, see tests/test_inspect.py

@@ -140,6 +140,40 @@ def test_same_seed_same_file_whatever_else_is_sampled(flags):
     assert (other / f"{method}_0_gs3.0_s2.mp4").read_bytes() != video
 
 
+def test_what_is_there_is_skipped(flags, capsys):
+    folder = run(flags, text_prompt=["A red circle", "left"])
+    made = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    capsys.readouterr()
+    main(command_line(flags, text_prompt=["A red circle", "left"]))
+    assert "2 of 2 clips are there already: skipped" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == made
+    for changes in (dict(negative_prompt="low"), dict(overwrite=True)):
+        main(command_line(flags, text_prompt=["A red circle", "left"], **changes))
+        assert "skipped" not in capsys.readouterr().err
+        now = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+        assert now.keys() == made.keys() and all(now[path] > time for path, time in made.items())
+        made = now
+
+
+def test_a_model_that_changed_is_sampled_anew(flags, models, tmp_path, capsys):
+    shutil.copytree(models / "dit", tmp_path / "dit")
+    folder = run(flags, model_path=tmp_path / "dit")
+    before = (folder / "DDIM_0_gs3.0_s2.mp4").read_bytes()
+    other = DiT.from_pretrained(tmp_path / "dit")
+    with torch.no_grad():
+        other.proj_out.weight.mul_(2)
+    other.save_pretrained(tmp_path / "dit")
+    main(command_line(flags, model_path=tmp_path / "dit"))
+    assert "skipped" not in capsys.readouterr().err
+    assert (folder / "DDIM_0_gs3.0_s2.mp4").read_bytes() != before
+
+
+def test_the_step_cache_tells_what_it_skipped(flags):
+    folder = run(flags, num_sampling_steps=6, step_cache=0.9)
+    facts = json.loads((folder / "DDIM_0_gs3.0_s6.json").read_text())
+    assert facts["step_cache"] == 0.9 and facts["calls"] == 6 and 0 < facts["step_cache_skipped"] < 6
+
+
 def test_one_frame_is_an_image(flags):
     from PIL import Image
 
@@ -186,6 +220,8 @@ def test_newest_checkpoint_of_a_run(flags, models, capsys):
         (dict(attention="flash"), "--attention flash needs an NVIDIA GPU, not the cpu"),
         (dict(attention="flashy"), "choose from auto, triton, sdpa, flash, reference"),
         (dict(num_sampling_steps=1), "--num_sampling_steps 1"),
+        (dict(cuda_graphs=True), "--cuda_graphs needs an NVIDIA GPU, not the cpu"),
+        (dict(cuda_graphs=True, step_cache=0.1), "--cuda_graphs cannot hold what --step_cache does"),
         (dict(lora="missing"), "missing does not exist: name a folder or a file of LoRA adapters"),
         (dict(lora="empty.txt"), "empty.txt is not a .safetensors file"),
         (dict(lora="tuned", prediction_type="epsilon"), "--prediction_type epsilon contradicts"),

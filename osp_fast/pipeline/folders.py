@@ -47,6 +47,10 @@ class ModelFolders:
     refiner_temperature: float = 0.0
     text_8bit: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("dit", "vae", "text_encoder"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
+
     def check(self, device: torch.device) -> DiTConfig:
         """The DiT's configuration, if all fits together. Raises `UserError` before anything is loaded."""
         config, vae = DiT.read_config(self.dit, quiet=True), WFVAE.read_config(self.vae, quiet=True)
