@@ -17,6 +17,7 @@ from torch import Tensor
 
 from osp_fast.device import rank_device
 from osp_fast.errors import UserError
+from osp_fast.parallel.collectives import RankLost, all_answering
 from osp_fast.parallel.health import await_ranks, open_store, timed_all_reduce
 
 # So many of NCCL's last calls are remembered, for the report on a hang; PyTorch reads it when a group is made.
@@ -94,11 +95,14 @@ class World:
         """What each rank gives, by rank, on every rank; all ranks must call it. Small plain data only.
 
         group: `files` in the thread that writes checkpoints, whose calls must not mix with the others
+
+        Raises `RankLost`.
         """
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=group)
+        with all_answering():
+            dist.all_gather_object(values, value, group=group)
         return values
 
     def add_up(self, tensor: Tensor) -> Tensor:
@@ -115,10 +119,15 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let a `UserError` within the block, or a lack of GPU memory, be raised on every rank; all must enter it."""
+        """Let a `UserError` within the block, or a lack of GPU memory, be raised on every rank; all must enter it.
+
+        Where ranks exchange something within the block, all must find the same wrong: the others would wait there.
+        """
         fault = None
         try:
             yield
+        except RankLost:  # the others have lost it too
+            raise
         except UserError as error:
             fault = str(error)
         except torch.OutOfMemoryError as error:
