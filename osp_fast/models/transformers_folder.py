@@ -37,7 +37,7 @@ def load_config(folder: Path) -> Any:
             return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # likewise
         raise UserError(
-            f"{folder / 'config.json'} cannot be read ({first_line(error)}): copy the folder again"
+            f"{folder / 'config.json'} cannot be read ({first_line(error)}): copy the folder again, or name another"
         ) from None
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from osp_fast import sample
 from osp_fast.data.decode import read_video
+from osp_fast.errors import run_entry_point
 from osp_fast.sampling.clips import SHARED_FOLDER, ClipMaker
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -70,6 +71,10 @@ def run_and_die_in_clip(line: list[str], deaths: dict[str, int]) -> None:
     sample.main(line)
 
 
+def main_with_code(line: list[str]) -> None:
+    run_entry_point(lambda: sample.main(line))
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_each_takes_its_share(size, flags, one, tmp_path):
     ranks = run_ranks(size, tmp_path / "logs", sample.main, command_line(flags, save_img_path=tmp_path / "out"))
@@ -77,6 +82,28 @@ def test_each_takes_its_share(size, flags, one, tmp_path):
     made = makers(ranks)
     assert sorted(made) == VIDEOS and set(made.values()) == set(range(size))
     assert "rank 1: wrote" in ranks.printed(1) and "step" not in ranks.printed(1)  # one shows progress
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_work_on_each_clip(size, flags, one, tmp_path):
+    """Two ranks have a prompt each, three share the tokens; the model has two heads."""
+    line = command_line(flags, save_img_path=tmp_path / "out", sp=True)
+    ranks = run_ranks(size, tmp_path / "logs", sample.main, line)
+    check(tmp_path / "out", one)
+    made = makers(ranks)
+    assert sorted(made) == VIDEOS and set(made.values()) == set(range(size))  # each decodes in turn
+    assert ("one for the prompt" if size == 2 else "share each clip's tokens") in ranks.printed(0)
+
+
+def test_an_error_of_one_ends_all_in_its_sentence(flags, tmp_path):
+    """The second clip is rank 1's to write, and its place is taken by a folder."""
+    out = tmp_path / "out"
+    (out / VIDEOS[1]).mkdir(parents=True)
+    ranks = RankProcesses(2, tmp_path / "logs", main_with_code, (command_line(flags, save_img_path=out, sp=True),))
+    assert ranks.codes() == [2, 2], ranks.printed()
+    for rank in (0, 1):
+        assert f"{VIDEOS[1]} cannot be written" in ranks.printed(rank).splitlines()[-1]
+    assert (out / VIDEOS[0]).is_file()
 
 
 def test_one_is_killed_and_the_rest_takes_over(flags, one, tmp_path):
