@@ -2,8 +2,8 @@
 
 With guidance each step predicts twice, without the prompt and with it, and the two predictions need nothing of each
 other until they are mixed. So an even number of ranks forms two groups, one for each: half the ranks share the tokens
-then, with half the batch, and less is sent: nothing within a step on 2 ranks, 3/16 instead of 7/32 of the numbers that
-`sequence.py` counts on 8. An odd number of ranks is one group.
+then, with half the batch, and less is sent: by 2 ranks only the predictions, by 8 ranks 14 % less than in one group. An
+odd number of ranks is one group.
 
     ranks 0 to 5, with guidance      negative prompt  0 1 2     the tokens are shared along a row,
                                      prompt           3 4 5     predictions are exchanged along a column
@@ -51,7 +51,7 @@ class SamplingMesh:
         rows = [list(range(half * length, (half + 1) * length)) for half in range(HALVES)]
         columns = [list(column) for column in zip(*rows, strict=True)]
         half, place = divmod(world.rank, length)
-        # Every rank makes every group, in the same order. Rows of one rank and a column of all need none.
+        # Every rank makes every group, in the same order. A row of one rank needs none, a column of all has one.
         timeout = timedelta(seconds=timeout_s)
         sequences = [None if length == 1 else dist.new_group(row, timeout=timeout) for row in rows]
         partners = [dist.group.WORLD if length == 1 else dist.new_group(column, timeout=timeout) for column in columns]
