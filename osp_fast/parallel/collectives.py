@@ -41,7 +41,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """x of each rank of `group`, or of all: (ranks, *x.shape), the same bits on each. Raises `RankLost`."""
     out = x.new_empty((dist.get_world_size(group), *x.shape))
     with all_answering():
-        dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=group)
+        dist.all_gather(list(out.unbind()), x.contiguous(), group=group)
     return out
 
 

@@ -7,14 +7,14 @@ which is large to load and quick to use, runs in the first one that comes to it.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from osp_fast.data.identity import model_files
 from osp_fast.diffusion.denoise import Text
 from osp_fast.files import whole
-from osp_fast.models.weights import read_json, write_json
+from osp_fast.models.weights import write_json
 from osp_fast.pipeline.run import Run
 from osp_fast.progress import Progress
 from osp_fast.sampling.claims import Claims
@@ -40,37 +40,46 @@ class TextStages:
         if self._claims is None:
             with self._run.refiner() as refine:
                 return [self._told(prompt, refine(prompt, seed)) for prompt in prompts]
+        answers: dict[str, str] = {}
+
+        def is_known(prompt: str) -> bool:
+            if prompt not in answers:
+                with suppress(FileNotFoundError):
+                    answers[prompt] = json.loads(self._refined(prompt).read_text(encoding="utf-8"))["refined"]
+            return prompt in answers
+
         with ExitStack() as stack:
             refine = None
-            shared = self._claims.share(
-                list(dict.fromkeys(prompts)),
-                lambda prompt: self._refined(prompt).name,
-                lambda prompt: self._refined(prompt).exists(),
-            )
-            for prompt, claim in shared:
+            for prompt, claim in self._claims.share(list(dict.fromkeys(prompts)), self._key, is_known):
                 if refine is None:
                     refine = stack.enter_context(self._run.refiner())
-                answer = self._told(prompt, refine(prompt, seed))
+                answers[prompt] = self._told(prompt, refine(prompt, seed))
                 with whole(self._refined(prompt)) as writing:
-                    write_json(writing, {"prompt": prompt, "refined": answer})
+                    write_json(writing, {"prompt": prompt, "refined": answers[prompt]})
                 claim.release()
-        return [read_json(self._refined(prompt))["refined"] for prompt in prompts]
+        return [answers[prompt] for prompt in prompts]
 
     def encode(self, texts: Sequence[str]) -> list[Text]:
         """Each text encoded, on the CPU."""
         if self._claims is None:
             with self._run.text_encoder() as encode:
                 return [encode(text) for text in self._counted(list(texts))]
+        encoded: dict[str, Text] = {}
 
         def missing() -> list[str]:
-            return [text for text in dict.fromkeys(texts) if not self._encoded(text).exists()]
+            for text in texts:
+                if text not in encoded:
+                    with suppress(FileNotFoundError):
+                        encoded[text] = _load(self._encoded(text))
+            return [text for text in dict.fromkeys(texts) if text not in encoded]
 
         for _, claim in self._claims.share(["encode"], str, lambda _: not missing()):
             with self._run.text_encoder() as encode:
                 for text in self._counted(missing()):
-                    _save(self._encoded(text), encode(text))
+                    encoded[text] = encode(text)
+                    _save(self._encoded(text), encoded[text])
             claim.release()
-        return [_load(self._encoded(text)) for text in texts]
+        return [encoded[text] for text in texts]
 
     def _counted(self, texts: list[str]) -> Iterator[str]:
         """The texts, with lines on how many are encoded where there are many."""
@@ -88,7 +97,6 @@ class TextStages:
         if self._folder is not None:
             for path in (*self._folder.glob("*.refined.json"), *self._folder.glob("*.text.safetensors")):
                 path.unlink(missing_ok=True)
-            self._claims.tidy()
 
     def _told(self, prompt: str, answer: str) -> str:
         self._report(f"refined: {answer}" if answer else f"the refiner has no answer to {prompt!r}: it stays as it is")
