@@ -109,8 +109,9 @@ class SamplingJob:
     def _make_together(self, wanted: list[Clip], makes: "ClipMaker", beside: Beside) -> None:
         last: Future[None] | None = None
         for number, clip in enumerate(wanted):
+            # Not together: one that fails here alone must leave the others' exchanges, not wait for them.
+            write = makes.clip(clip, len(wanted) - number)
             with self._world.together():
-                write = makes.clip(clip, len(wanted) - number)
                 if last is not None:
                     last.result()
                 last = beside.submit(*write) if number % self._world.size == self._world.rank else None
