@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from osp_fast.config import Recipe
+from osp_fast.data.captions import clean_caption
 from osp_fast.data.decode import read_video
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
@@ -24,7 +25,9 @@ from osp_fast.sample_files import smaller
 from osp_fast.sampling.prompts import read_prompts
 
 sys.path.insert(0, str(Path(__file__).parent / "sampling"))
+sys.path.insert(0, str(Path(__file__).parent / "models"))
 from small import CONFIG, VAE_FOLDER, command_line, save_text_encoder, small_dit, small_flags
+from small_refiner import save_refiner
 
 RECIPE = Recipe("v_prediction", True, False, 24.0, 9, "32x32", 16)
 
@@ -166,6 +169,35 @@ def test_a_model_that_changed_is_sampled_anew(flags, models, tmp_path, capsys):
     main(command_line(flags, model_path=tmp_path / "dit"))
     assert "there already" not in capsys.readouterr().err
     assert (folder / "DDIM_0_gs3.0_s2.mp4").read_bytes() != before
+
+
+def test_a_refiner_rewrites_the_prompts(flags, tmp_path, capsys):
+    chat = save_refiner(tmp_path / "chat")
+    folder = run(flags, text_prompt=["a red circle", "moves left"], caption_refiner=chat, refiner_max_tokens=12)
+    plain = run(flags, text_prompt=["a red circle", "moves left"], save_img_path=tmp_path / "plain")
+    for index, prompt in enumerate(("a red circle", "moves left")):
+        facts = json.loads((folder / f"DDIM_{index}_gs3.0_s2.json").read_text())
+        assert facts["prompt"] == prompt and facts["caption_refiner"] == str(chat)
+        assert facts["refined_prompt"] and facts["refined_prompt"] != prompt
+        assert facts["full_prompt"] == "high quality, high aesthetic, " + clean_caption(facts["refined_prompt"], False)
+        assert "refined: " + facts["refined_prompt"] in capsys.readouterr().err or index
+        assert (folder / f"DDIM_{index}_gs3.0_s2.mp4").read_bytes() != (
+            plain / f"DDIM_{index}_gs3.0_s2.mp4"
+        ).read_bytes()
+    drawn = [
+        json.loads(next(run(flags, caption_refiner=chat, refiner_temperature=5, seed=seed).glob("*.json")).read_text())
+        for seed in (1, 1, 2)
+    ]
+    words = [facts["refined_prompt"] for facts in drawn]
+    assert words[0] == words[1] != words[2]
+
+
+def test_text_networks_in_8_bits(flags, tmp_path):
+    plain = read_video(run(flags) / "DDIM_0_gs3.0_s2.mp4").astype(int)
+    folder = run(flags, text_8bit=True, caption_refiner=None)
+    assert json.loads((folder / "DDIM_0_gs3.0_s2.json").read_text())["text_8bit"] is True
+    difference = np.abs(read_video(folder / "DDIM_0_gs3.0_s2.mp4").astype(int) - plain)
+    assert 0 < difference.mean() < 3
 
 
 def test_the_step_cache_tells_what_it_skipped(flags):

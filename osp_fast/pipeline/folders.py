@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,6 +12,8 @@ from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.lora import merge_lora
 from osp_fast.models.lora_files import Lora
+from osp_fast.models.prompt_refiner import PromptRefiner, check_refiner
+from osp_fast.models.quantize import load_torchao
 from osp_fast.models.text_encoder import TextEncoder, read_facts
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.models.wfvae_plan import gib
@@ -72,6 +73,10 @@ class ModelFolders:
             )
         if self.compile:
             check_compiler(device)
+        if self.refiner is not None:
+            check_refiner(self.refiner)
+        if self.text_8bit:
+            load_torchao()
         DiT.check_pretrained(self.dit)
         WFVAE.check_pretrained(self.vae)
         return config
@@ -115,7 +120,9 @@ class ModelFolders:
         """The text encoder, which leaves the device after use; keep: it stays in CPU memory."""
 
         def load() -> TextEncoder:
-            return TextEncoder.from_pretrained(self.text_encoder, self.dtype, "cpu", self.max_length)
+            return TextEncoder.from_pretrained(
+                self.text_encoder, self.dtype, "cpu", self.max_length, eight_bit=self.text_8bit
+            )
 
         return Held(
             device,
@@ -125,11 +132,12 @@ class ModelFolders:
             blocks=lambda encoder: list(encoder.blocks),
         )
 
-    def held_refiner(self, device: torch.device, keep: bool, report: Callable[[str], None]) -> Held[Any] | None:
+    def held_refiner(
+        self, device: torch.device, keep: bool, report: Callable[[str], None]
+    ) -> Held[PromptRefiner] | None:
         """The prompt refiner, if there is one; as the text encoder."""
         if self.refiner is None:
             return None
-        from osp_fast.models.prompt_refiner import PromptRefiner
 
         def load() -> PromptRefiner:
             return PromptRefiner.from_pretrained(

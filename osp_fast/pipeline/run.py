@@ -12,6 +12,7 @@ from osp_fast.config import Recipe
 from osp_fast.diffusion.denoise import Text
 from osp_fast.engine.cuda_graphs import CudaMachine
 from osp_fast.models.dit import DiT, DiTConfig
+from osp_fast.models.prompt_refiner import PromptRefiner
 from osp_fast.models.text_encoder import TextEncoder
 from osp_fast.models.wfvae import WFVAE, Tiles
 from osp_fast.pipeline.decoding import Beside, Decoder
@@ -40,7 +41,7 @@ class Networks:
     dit: Held[DiT]
     vae: Held[WFVAE]
     text_encoder: Held[TextEncoder]
-    refiner: Held[Any] | None = None
+    refiner: Held[PromptRefiner] | None = None
     team: Teamwork | None = None
 
 
