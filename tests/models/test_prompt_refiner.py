@@ -69,7 +69,8 @@ def test_a_long_answer_ends_with_a_sentence(folder, refiner):
     words = greedy(refiner, "a circle moves", 64)
     at = words.index(".")
     assert "." not in words[at + 1 : at + 4]
-    for length, kept in ((at, at), (at + 1, at + 1), (at + 3, at + 1)):
+    assert words[-2] != "." and words[-1] == "<|end|>"  # it ends by itself, with its last token
+    for length, kept in ((at, at), (at + 1, at + 1), (at + 3, at + 1), (len(words), len(words))):
         answer = PromptRefiner.from_pretrained(folder, max_new_tokens=length).refine("a circle moves", 0)
         assert answer == spoken(words[:kept])
 
