@@ -40,20 +40,17 @@ class Chat:
         self.tokenizer, self._instruction = tokenizer, instruction
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = (special | set(tokenizer.all_special_tokens)) - {""}
-        self._takes_instruction = True
-        try:
-            self._takes_instruction = instruction in self._render(TRIAL)
-        except Exception:  # jinja2's errors, and whatever else a template may cause
-            self._takes_instruction = False
-        if not self._takes_instruction:
+        for takes_instruction in (True, False):
+            self._takes_instruction = takes_instruction
             try:
-                asked = self._render(TRIAL)
-            except Exception as error:
-                raise UserError(
-                    f"{place}: the chat template cannot be used ({first_line(error)}): copy the tokenizer's files again"
-                ) from None
-            if TRIAL not in asked:
-                raise UserError(f"{place}: the chat template leaves out the user's message: copy the folder again")
+                text = self._render(TRIAL)
+            except Exception as error:  # jinja2's errors, and whatever else a template may cause
+                why = first_line(error)
+                continue
+            if instruction in text and TRIAL in text:
+                return
+            why = "it leaves out what the user says"
+        raise UserError(f"{place}: the chat template cannot be used ({why}): copy the tokenizer's files again")
 
     def question(self, message: str) -> Question:
         """What the model is to continue."""

@@ -224,7 +224,7 @@ def edit(path, **values):
     [
         (lambda f: (f / "chat_template.jinja").unlink(), "there is no chat template"),
         (lambda f: (f / "chat_template.jinja").write_text("{% for"), "the chat template cannot be used"),
-        (lambda f: (f / "chat_template.jinja").write_text("Hello"), "leaves out the user's message"),
+        (lambda f: (f / "chat_template.jinja").write_text("Hello"), "cannot be used .it leaves out what the user says"),
         (lambda f: edit(f / "config.json", auto_map={"AutoModelForCausalLM": "code.Model"}), "names code of the fold"),
         (lambda f: edit(f / "tokenizer_config.json", auto_map={"AutoTokenizer": "code.T"}), "names code of the folder"),
         (lambda f: edit(f / "config.json", model_type="t5"), "'t5' is not a causal language model"),
