@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from osp_fast.engine.stream_blocks import BlockStreamer
+from osp_fast.engine.stream_blocks import BlockStreamer, bytes_when_streamed
+from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT, DiTConfig
+from osp_fast.models.quantize import quantize_linear_weights
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig(
@@ -28,11 +30,14 @@ class LateMover:
     """A device whose copies are done when they are waited for, and whose slots hold rubbish until then."""
 
     def __init__(self):
-        self.time = self.copies = 0
+        self.time = self.copies = self.unpinned = 0
         self.read_since: dict[int, int] = {}  # slot -> when its contents were last waited for
 
     def pin(self, size):
         return torch.empty(size, dtype=torch.uint8)
+
+    def unpin(self, buffer):
+        self.unpinned += buffer.numel()
 
     def slot(self, size):
         return torch.full((size,), 0xFF, dtype=torch.uint8)
@@ -107,7 +112,9 @@ def test_a_dit_computes_the_same(streamed, slots):
     count = len(streamed)
     sharing = sum(len(range(slot, count, slots)) for slot in range(slots) if len(range(slot, count, slots)) > 1)
     assert mover.copies == min(slots, count) + 4 * sharing
+    pinned = streamer.bytes_pinned
     streamer.release()
+    assert (mover.unpinned, streamer.bytes_pinned, streamer.bytes_on_device) == (pinned, 0, 0)
     assert all(torch.equal(*pair) for pair in zip(outputs(), expected, strict=True))
     assert all(torch.equal(tensor, state[name]) for name, tensor in dit.state_dict().items())
     assert "forward" not in dit.transformer_blocks[streamed[0]].__dict__
@@ -167,6 +174,62 @@ def test_shared_tensors_and_nonsense_are_refused():
     for streamed, slots in (([], 2), ([7], 2), ([0], 0)):
         with pytest.raises(ValueError, match="slots for blocks"):
             BlockStreamer(blocks(), streamed, CPU, slots, mover=LateMover())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("slots", [1, 2])
+def test_layers_of_a_text_encoder_in_8_bits(slots):
+    """Its first layer has the biases of positions; numbers are of three types."""
+    from transformers import MT5Config, MT5EncoderModel
+
+    torch.manual_seed(0)
+    config = MT5Config(vocab_size=11, d_model=16, d_kv=4, d_ff=32, num_layers=4, num_heads=4)
+    network = MT5EncoderModel(config).bfloat16().eval().requires_grad_(False)
+    quantize_linear_weights(network.encoder.block)
+    tokens = torch.arange(8)[None]
+    expected = network(input_ids=tokens).last_hidden_state
+    BlockStreamer(network.encoder.block, [0, 1, 3], CPU, slots, mover=LateMover())
+    for _ in range(2):
+        assert torch.equal(network(input_ids=tokens).last_hidden_state, expected)
+
+
+def test_what_it_takes_is_known_before():
+    there = blocks()
+    with torch.device("meta"):
+        meta = blocks()
+    for streamed, slots in (((0, 2, 3), 2), ((5,), 2), (range(6), 3)):
+        streamer = BlockStreamer(there, streamed, CPU, slots, mover=LateMover())
+        others = [block for number, block in enumerate(there) if number not in streamed]
+        resident = sum(x.nbytes for block in others for x in (*block.parameters(), *block.buffers()))
+        assert bytes_when_streamed(meta, streamed, slots) == streamer.bytes_on_device + resident
+        streamer.release()
+
+
+def test_weights_of_a_class_of_their_own_are_refused():
+    class Quantized(torch.Tensor):
+        pass
+
+    odd = blocks(2)
+    odd[1].weight = nn.Parameter(odd[1].weight.detach().as_subclass(Quantized))
+    with pytest.raises(UserError, match=r"weights of class Quantized \(weight of a Scale\) cannot be streamed"):
+        BlockStreamer(odd, [0, 1], CPU, mover=LateMover())
+    assert "forward" not in odd[0].__dict__
+
+
+def test_blocks_are_as_they_were_where_memory_cannot_be_pinned():
+    class Full(LateMover):
+        def pin(self, size):
+            if self.time > 3:
+                raise UserError("no more")
+            self.time += 1
+            return super().pin(size)
+
+    plain, streaming, mover = blocks(), blocks(), Full()
+    with pytest.raises(UserError, match="no more"):
+        BlockStreamer(streaming, range(6), CPU, mover=mover)
+    assert mover.unpinned > 0
+    for before, after in zip(plain, streaming, strict=True):
+        assert torch.equal(before(torch.ones(2)), after(torch.ones(2))) and "forward" not in after.__dict__
 
 
 def test_the_simulated_device_finds_what_is_read_too_early():
