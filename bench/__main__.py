@@ -15,6 +15,7 @@ from osp_fast.errors import UserError, run_entry_point
 ARCHS = (80, 90, 100)
 VAE_CASES = ("encode 93x768x768", "decode 93x640x640", "decode 93x720x1280")  # those that have targets
 TRAIN_CASES = ("1x352x640", "29x352x640", "93x352x640", "93x640x640")
+SAMPLE_CASES = ("93x352x640", "93x480x640", "93x640x640")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -70,6 +71,14 @@ def _train(arguments: argparse.Namespace, load: Callable) -> int:
     if arguments.tiny and arguments.case:
         raise UserError("--tiny measures the tiny preset's own size: leave --case out")
     return run_train(arguments.case or TRAIN_CASES, arguments.tiny, arguments.json)
+
+
+def _sample(arguments: argparse.Namespace, load: Callable) -> int:
+    from bench.sample import run_sample
+
+    if arguments.tiny and arguments.case:
+        raise UserError("--tiny measures the tiny preset's own size: leave --case out")
+    return run_sample(arguments.case or SAMPLE_CASES, arguments.tiny, arguments.json)
 
 
 def _compare(arguments: argparse.Namespace, load: Callable) -> int:
@@ -133,6 +142,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--case", nargs="+", metavar="TxHxW", help=f"clips in pixels ({' '.join(TRAIN_CASES)})")
     train.add_argument("--tiny", action="store_true", help="the tiny preset on the CPU, beside a plain loop")
     train.add_argument("--json", type=Path, default=RESULTS, metavar="DIR", help="where results go (bench/results)")
+
+    sample = add("sample", _sample, "a denoising step with guidance beside the usual ones, on a GPU; --tiny: on a CPU")
+    sample.add_argument("--case", nargs="+", metavar="TxHxW", help=f"clips in pixels ({' '.join(SAMPLE_CASES)})")
+    sample.add_argument("--tiny", action="store_true", help="the tiny preset on the CPU, and what each part saves")
+    sample.add_argument("--json", type=Path, default=RESULTS, metavar="DIR", help="where results go (bench/results)")
 
     compare = add("compare", _compare, "two result files of run, or two of static: what changed")
     compare.add_argument("before", type=Path, metavar="A.json")

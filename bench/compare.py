@@ -25,7 +25,7 @@ def run_compare(before: Path, after: Path, threshold: float) -> int:
         for name, value in old["environment"].items():
             if new["environment"].get(name) != value:
                 print(f"{name} differs: {value} -> {new['environment'].get(name)}")
-        keys = {"run": RUN_KEY, "tune": TUNE_KEY, "vae": MODEL_KEY, "train": MODEL_KEY}
+        keys = {"run": RUN_KEY, "tune": TUNE_KEY, "vae": MODEL_KEY, "train": MODEL_KEY, "sample": MODEL_KEY}
         table, worse = compare_times(old["rows"], new["rows"], keys[_kind(old)], threshold)
     print(table)
     for sentence in worse:

@@ -55,7 +55,7 @@ def read_result(path: Path) -> Any:
         raise UserError(f"{path}: is no JSON: give a file that bench run or bench static wrote") from None
     is_static = isinstance(result, list) and all(isinstance(row, dict) and row.keys() >= STATIC_KEYS for row in result)
     kind = result.get("kind") if isinstance(result, dict) else None
-    is_measured = kind in ("run", "tune", "vae", "train") and isinstance(result.get("rows"), list)
+    is_measured = kind in ("run", "tune", "vae", "train", "sample") and isinstance(result.get("rows"), list)
     if is_static or is_measured:
         return result
     raise UserError(f"{path}: has no rows of bench run or bench static: give a file that one of them wrote")

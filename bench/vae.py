@@ -133,7 +133,7 @@ def measure_case(
             yield row | {"note": f"off by {wrong[name]:.1e}, not timed"}
             continue
         try:
-            seconds, peak = _time_and_peak(make(), x, device)
+            seconds, peak = time_and_peak(make(), x, device)
             row |= {"seconds": seconds, "peak_bytes": peak}
         except torch.OutOfMemoryError:
             row["note"] = "out of memory"
@@ -143,7 +143,7 @@ def measure_case(
         yield row
 
 
-def _time_and_peak(call: Implementation, x: Tensor, device: torch.device) -> tuple[float, int | None]:
+def time_and_peak(call: Implementation, x: Tensor, device: torch.device) -> tuple[float, int | None]:
     """Median wall seconds of whole calls, which last tenths of seconds, and the most bytes allocated meanwhile."""
     on_gpu = device.type == "cuda"
     wait = functools.partial(torch.cuda.synchronize, device) if on_gpu else lambda: None

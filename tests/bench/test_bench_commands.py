@@ -68,7 +68,9 @@ def test_the_bench_needs_neither_video_nor_diffusion_libraries():
         if path.name != "__init__.py"
     ]
     assert "bench.baselines.skiparse_attention" in modules
-    whole_model = [name for name in modules if name.startswith("bench.train")]  # these need safetensors
+    whole_model = [
+        name for name in modules if name.startswith(("bench.train", "bench.sample"))
+    ]  # these need safetensors
     others = [name for name in modules if name not in whole_model]
     assert whole_model
     blocked = ["av", "diffusers", "transformers", "PIL", "tensorboard", "safetensors"]

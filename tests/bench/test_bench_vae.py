@@ -49,7 +49,7 @@ def test_out_of_memory_is_a_result(monkeypatch):
     def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(bench_vae, "_time_and_peak", full)
+    monkeypatch.setattr(bench_vae, "time_and_peak", full)
     rows = list(measure_case("tiny", Case.parse("encode 5x32x48"), CPU, 1 << 40, torch.float32))
     assert [row["note"] for row in rows] == ["out of memory"] * 3
 
