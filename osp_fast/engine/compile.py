@@ -48,8 +48,8 @@ def compile_blocks(dit: DiT, buckets: int, backend: str | Callable = "inductor")
     To be called after `recompute_blocks` and `use_attention`; FSDP may have wrapped the blocks by then, or do so later.
     A copy of the model by `copy.deepcopy` would run this one's blocks: it is to be built anew instead.
 
-    buckets: how many sizes of micro-batches there will be; a block that meets many more raises `UserError` rather than
-    being run uncompiled. `backend` is torch.compile's.
+    buckets: how many sizes of micro-batches, or of clips to sample, there will be; a block that meets many more raises
+    `UserError` rather than being run uncompiled. `backend` is torch.compile's.
     """
     for block in dit.transformer_blocks:
         if block.recompute is noop_context_fn:  # in a graph it would keep everything
@@ -90,9 +90,9 @@ def _compiled(forward: Callable[..., Any], graphs: int, backend: str | Callable)
                 return compiled(*arguments)
         except FailOnRecompileLimitHit as error:
             raise UserError(
-                f"--compile: the DiT's blocks met micro-batches of many more sizes than there are buckets, and {graphs}"
-                " graphs were compiled for them: add --no-compile, or --group_data so that clips are not padded to"
-                " one another's size (TORCH_LOGS=recompiles says what differs)"
+                f"--compile: the DiT's blocks met clips of many more sizes than were to come, and {graphs} graphs were"
+                " compiled for them: add --no-compile, or in training --group_data so that clips are not padded to one"
+                " another's size (TORCH_LOGS=recompiles says what differs)"
             ) from error
 
     return call

@@ -6,6 +6,7 @@ its own, to which each call copies latents and time vectors, and a text's keys a
 `cuda_graphs.py` says of what a graph must not hold is true of this one: see there.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,12 +22,12 @@ from osp_fast.models.wfvae_plan import gib
 
 @dataclass
 class _Captured:
-    """A kept graph, what it reads, and the text whose keys that holds."""
+    """A kept graph, what it reads, and the first tensor of the text that was copied there."""
 
     graph: Graph
     latents: list[Tensor]
     text: list[Tensor]
-    whose: TextContext
+    whose: "weakref.ref[Tensor]"  # so that a text's memory is free when its caller lets it go
 
 
 class GraphedForward:
@@ -36,14 +37,20 @@ class GraphedForward:
 
     always: a graph for every size, whatever it measures (`--cuda_graphs`)
     report: takes a line for each size
+    spare: bytes that a graph must leave to others on the device, as decoding; with `always` it need not
 
     Raises:
         UserError: with `always`, a graph cannot be captured.
     """
 
-    def __init__(self, dit: DiT, machine: Machine, always: bool, report: Callable[[str], None]):
-        self._dit, self._machine, self._always, self._report = dit, machine, always, report
+    def __init__(self, dit: DiT, machine: Machine, always: bool, report: Callable[[str], None], spare: int = 0):
+        self._dit, self._machine, self._always, self._report, self._spare = dit, machine, always, report, spare
         self._known: dict[tuple, _Captured | None] = {}
+
+    @property
+    def size(self) -> int:
+        """Bytes of the device that graphs hold; PyTorch counts them as reserved, not as allocated."""
+        return sum(captured.graph.size for captured in self._known.values() if captured is not None)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, time: TimeContext, text: TextContext) -> Tensor:
@@ -57,9 +64,10 @@ class GraphedForward:
 
     def _replay(self, captured: _Captured, inputs: list[Tensor], text: TextContext) -> Tensor:
         torch._foreach_copy_(captured.latents, inputs)
-        if captured.whose is not text:
-            torch._foreach_copy_(captured.text, _tensors(text))
-            captured.whose = text
+        tensors = _tensors(text)
+        if captured.whose() is not tensors[0]:
+            torch._foreach_copy_(captured.text, tensors)
+            captured.whose = weakref.ref(tensors[0])
         captured.graph.replay()
         return captured.graph.result.clone()
 
@@ -69,7 +77,8 @@ class GraphedForward:
         eager = self._machine.seconds(lambda: self._dit(inputs[0], TimeContext(*inputs[1:]), text))
         static, keys = [x.clone() for x in inputs], [x.clone() for x in _tensors(text)]
         call = self._call(static, keys, text)
-        need, free = self._machine.peak_bytes(call), round(ROOM * self._machine.available_bytes())
+        need = self._machine.peak_bytes(call)
+        free = max(0, round(ROOM * self._machine.available_bytes()) - self._spare)
         if need > free and not self._always:
             why = f"its {gib(need)} are more than the {gib(free)} to be had"
             return self._tell(Choice(name, eager, None, None, False, why), None)
@@ -81,7 +90,7 @@ class GraphedForward:
             if self._always:
                 raise UserError(f"--cuda_graphs: {name}: {why}: leave the flag out") from error
             return self._tell(Choice(name, eager, None, None, False, why), None)
-        captured = _Captured(graph, static, keys, text)
+        captured = _Captured(graph, static, keys, weakref.ref(_tensors(text)[0]))
         graphed = self._machine.seconds(lambda: self._replay(captured, inputs, text))
         kept = self._always or graphed <= (1 - LEAST_GAIN) * eager
         return self._tell(Choice(name, eager, graphed, graph.size, kept), captured if kept else None)

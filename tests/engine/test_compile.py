@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import noop_context_fn
 
+from osp_fast.diffusion.step_cache import FirstBlockCache
 from osp_fast.engine import compile as engine_compile
 from osp_fast.engine.compile import (
     RecompileCounter,
@@ -84,6 +85,28 @@ def test_blocks_alike_share_their_graphs_and_no_known_size_is_compiled_again():
     gradients(dit, frames=1)
     gradients(dit, frames=2)
     assert counter.count == 0
+
+
+def sample(dit: DiT, frames: int, seed: int, step_cache=None) -> torch.Tensor:
+    """A step of sampling, for a prompt and a negative prompt whose lengths go by the seed."""
+    draw = torch.Generator().manual_seed(seed)
+    mask = torch.arange(6) < torch.tensor([[1 + seed], [5 - seed]])
+    with torch.no_grad():
+        text = dit.text_context(torch.randn(2, 6, 8, generator=draw), mask)
+        time = dit.time_context(torch.tensor([900.0, 400.0, 7.0])).at(seed, 2)
+        return dit(torch.randn(2, 8, frames, 4, 4, generator=draw), time, text, step_cache=step_cache)
+
+
+def test_sampling_compiles_each_size_once_whatever_prompt_and_timestep():
+    clips = [(frames, seed) for frames in (1, 2) for seed in (0, 1, 2)]
+    plain = make_dit(4, Level.NOTHING)
+    expected = [sample(plain, *clip) for clip in clips]
+    dit, counter = compile_blocks(make_dit(4, Level.NOTHING), 1, "aot_eager"), RecompileCounter()
+    for clip, result in zip(clips, expected, strict=True):
+        torch.testing.assert_close(sample(dit, *clip), result)
+        assert counter.count == count_kinds(dit) * clip[0]  # of the first size 4, of both 8
+    torch.testing.assert_close(sample(dit, 1, 0, FirstBlockCache(0.1)), expected[0])
+    assert counter.count == 8  # behind a step cache the second block gets what the first one gets
 
 
 def test_too_many_sizes_are_refused_and_limits_are_those_of_these_blocks(monkeypatch):

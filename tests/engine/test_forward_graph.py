@@ -1,5 +1,6 @@
 """The DiT as a CUDA graph in sampling, with a machine in a GPU's place whose times and memory are given."""
 
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -81,6 +82,27 @@ def test_replays_give_what_the_model_gives(dit):
     assert said == ["CUDA graph of 2x4x4 latents, batch of 2: 500.0 ms with, 1000.0 ms without, 1.0 MiB: kept"]
     one, other = forward(*first), forward(*inputs(dit, 1))
     assert not torch.equal(one, other)  # each result is a tensor of its own
+    assert forward.size == 1 << 20
+
+
+def test_a_text_is_its_callers_to_let_go(dit):
+    forward = GraphedForward(dit, FakeMachine(), False, lambda line: None)
+    latents, time, text = inputs(dit, 0)
+    forward(latents, time, text)
+    keys = weakref.ref(text.keys[0].keys)
+    del text
+    assert keys() is None
+    for seed in (1, 2):  # a new text may lie where an old one lay
+        arguments = inputs(dit, seed)
+        assert torch.equal(forward(*arguments), dit(*arguments))
+        del arguments
+
+
+def test_what_others_need_is_left_to_them(dit):
+    for spare, captures in ((800, 1), (801, 0)):
+        machine = FakeMachine(needs=100, free=1000)
+        GraphedForward(dit, machine, False, lambda line: None, spare)(*inputs(dit, 0))
+        assert machine.captures == captures
 
 
 def test_other_sizes_are_measured_for_themselves(dit):
