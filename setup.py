@@ -37,8 +37,9 @@ setup(
         "nvidia-ml-py",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "peft"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "peft", "torchao", "gradio>=6", "playwright"],
         "lora": ["peft"],
+        "serve": ["gradio>=6"],
         "optimizers": ["torchao"],
         "flash": ["flash-attn"],
     },
