@@ -11,7 +11,6 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,13 +36,13 @@ SAMPLER_LATENTS = 3  # float32, that a sampler holds during a model call: the no
 
 @dataclass(frozen=True)
 class DenoisingBytes:
-    """peak: at most, while clips are denoised; kept: of it, what stays from one clip to the next."""
+    """peak: at most, while clips are denoised; of it text_keys and cached (the step cache's) stay behind a clip."""
 
     peak: int
-    kept: int
+    text_keys: int
+    cached: int
 
 
-@lru_cache(maxsize=16)
 def denoising_bytes(
     config: DiTConfig, workload: Workload, turns: int = 1, calls: int = 1, step_cache: bool = False, ranks: int = 1
 ) -> DenoisingBytes:
@@ -73,8 +72,8 @@ def denoising_bytes(
                 predictions = [dit(x, times.at(0, clips), text, **options).float() for text in texts]
                 del x, predictions
             peaks.append(trace.peak - own_keys + keys)
-        kept = keys + sum(x.nbytes for x in (cache.kept if cache else []))
-    return DenoisingBytes(max(peaks), kept)
+        cached = sum(x.nbytes for x in (cache.kept if cache else []))
+    return DenoisingBytes(max(peaks), keys, cached)
 
 
 def text_encoder_bytes(network: nn.Module, tokens: int) -> int:
