@@ -116,10 +116,10 @@ def check_sizes(data: DataConfig) -> list[str]:
 
 def check_sample(config: SampleConfig) -> list[str]:
     """Check a sampling configuration; returns notices, one line each. Raises `UserError` on a contradiction."""
-    if not config.text_prompt:
+    if not config.text_prompt and not config.dry_run:
         raise UserError("--text_prompt is missing: give prompts, or one .txt file with a prompt per line")
     for name in ("model_path", "ae_path", "text_encoder_name_1"):
-        if not getattr(config, name):
+        if not getattr(config, name) and not config.dry_run:
             raise UserError(f"--{name} is missing: name a folder, or use --preset tiny")
     if config.num_frames is not None:
         check_frames("--num_frames", config.num_frames)

@@ -12,7 +12,7 @@ import torch
 
 from osp_fast.cli import parse_sample
 from osp_fast.config import SampleConfig
-from osp_fast.device import rank_device
+from osp_fast.device import memory_allowance, rank_device
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.models.dit import DiT
 from osp_fast.parallel.guidance import SamplingMesh
@@ -21,6 +21,7 @@ from osp_fast.pipeline.sampler import Teamwork
 from osp_fast.pipeline.settings import NEGATIVE_PROMPT
 from osp_fast.progress import say
 from osp_fast.sampling.clips import SamplingJob
+from osp_fast.sampling.dry_run import dry_run
 from osp_fast.sampling.folders import writable_folder
 from osp_fast.sampling.models import Models
 from osp_fast.sampling.output import Output
@@ -32,6 +33,9 @@ COLLECTIVE_SECONDS = 600.0  # with --sp, in which all ranks must have come to th
 def main(argv: Sequence[str] | None = None) -> None:
     """Sample as the flags say. Raises `UserError`, for what the flags, folders and files say before any sampling."""
     config = parse_sample(argv)
+    if config.dry_run:
+        print("\n".join(dry_run(config)))
+        return
     prompts = read_prompts(config.text_prompt)
     with processes(config) as (world, together):
         try:
@@ -81,6 +85,9 @@ def sample(config: SampleConfig, prompts: list[str], world: World, together: boo
     def report(line: str) -> None:
         say(line if world.is_first else f"rank {world.rank}: {line}")
 
+    if together and config.memory_budget is None and world.device.type == "cuda":
+        # One plan for all: they must compute in the same way.
+        config.memory_budget = -world.greatest(-memory_allowance(world.device))[0]
     models = Models.of(config, world.device)
     clean_prompts(prompts, models.clean)  # before anything is loaded
     settings = models.settings()
@@ -88,7 +95,10 @@ def sample(config: SampleConfig, prompts: list[str], world: World, together: boo
     if world.is_first:
         say("sampling with\n" + "\n".join(f"  {name}: {value}" for name, value in settings.items()))
     to_all = report if world.is_first else lambda line: None
-    pipeline = models.pipeline(to_all, join=team_up(config, world, to_all) if together else None)
+    if together:
+        pipeline = models.pipeline(to_all, ranks=world.size, join=team_up(config, world, to_all))
+    else:
+        pipeline = models.pipeline(to_all)
     negative = models.clip_settings().negative_prompt
     output = Output(
         folder,

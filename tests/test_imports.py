@@ -23,7 +23,7 @@ ALLOWED = {
     "parallel": LEAVES | {"device", "kernels", "models"},
     "engine": LEAVES | {"kernels", "models"},
     "training": LEAVES | {"progress", "device", "models", "diffusion", "data", "parallel", "engine"},
-    "pipeline": LEAVES | {"device", "models", "diffusion", "parallel", "engine"},
+    "pipeline": LEAVES | {"device", "kernels", "models", "diffusion", "parallel", "engine"},
     "sample_files": LEAVES | {"data"},
     "sampling": LEAVES
     | {"checks", "progress", "device", "models", "diffusion", "data", "parallel", "engine", "training", "pipeline"}

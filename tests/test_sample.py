@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,37 @@ def test_a_model_that_changed_is_sampled_anew(flags, models, tmp_path, capsys):
     main(command_line(flags, model_path=tmp_path / "dit"))
     assert "there already" not in capsys.readouterr().err
     assert (folder / "DDIM_0_gs3.0_s2.mp4").read_bytes() != before
+
+
+def test_a_budget_is_planned_and_kept_to(flags, capsys):
+    plain = read_video(run(flags) / "DDIM_0_gs3.0_s2.mp4").astype(int)
+    capsys.readouterr()
+    folder = run(flags, memory_budget="100MiB")
+    printed = capsys.readouterr().err
+    assert re.search(
+        r"memory: at most [\d.]+ MiB of 100.0 MiB on the device\n  text encoder: .*\n  denoising: ", printed
+    )
+    assert np.array_equal(read_video(folder / "DDIM_0_gs3.0_s2.mp4"), plain)
+    with pytest.raises(UserError, match=r"--memory_budget 0.1 MiB is too little: .* needs [\d.]+ MiB"):
+        run(flags, memory_budget="100KiB")
+    assert not list(folder.glob("*.mp4"))
+
+
+def test_a_dry_run_needs_no_model(flags, models, capsys):
+    """That of the released model, on a GPU that is not here; and of folders that hold a config.json alone."""
+    size = dict(num_frames=93, height=480, width=640, device=None)
+    peaks = []
+    for budget in (10, 24, 80):
+        main(command_line(size, dry_run=True, memory_budget=f"{budget}GiB"))
+        printed = capsys.readouterr().out
+        found = re.search(r"at most ([\d.]+) GiB of ([\d.]+) GiB on the device", printed)
+        assert float(found[1]) <= float(found[2]) == budget
+        assert re.search(r"predicted: [\d.]+ s a step, [\d.]+ s a clip", printed) and "text encoder: " in printed
+        peaks.append(float(found[1]))
+    assert peaks[0] < peaks[1] == peaks[2]
+    main(command_line(flags, dry_run=True, memory_budget="1GiB"))
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{models / 'dit'}, 5x16x32, 2 model calls, torch.float32: 1.00 GiB of a CPU")
 
 
 def test_a_refiner_rewrites_the_prompts(flags, tmp_path, capsys):

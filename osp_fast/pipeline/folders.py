@@ -26,6 +26,7 @@ SIZES_TO_COMPILE = 8  # that a web page may ask for
 class ModelFolders:
     """Where the networks are, and how they compute.
 
+    dit, vae, text_encoder: None stands for the released one, of which only a plan can be made
     dtype: float32 or bfloat16; max_length: text tokens; attention: one of `ATTENTION_NAMES`
     round_rope_angles: rounds RoPE angles to bfloat16, as upstream trained
     lora, lora_scale: adapters to add to the DiT's weights; compile: the DiT's blocks
@@ -33,9 +34,9 @@ class ModelFolders:
     text_8bit: weights of the text encoder and the refiner in 8 bits
     """
 
-    dit: Path
-    vae: Path
-    text_encoder: Path
+    dit: Path | None = None
+    vae: Path | None = None
+    text_encoder: Path | None = None
     dtype: torch.dtype = torch.float32
     max_length: int = 512
     attention: str = "auto"
@@ -49,8 +50,9 @@ class ModelFolders:
     text_8bit: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dit", "vae", "text_encoder"):
-            object.__setattr__(self, name, Path(getattr(self, name)))
+        for name in ("dit", "vae", "text_encoder", "refiner"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
 
     def check(self, device: torch.device) -> DiTConfig:
         """The DiT's configuration, if all fits together. Raises `UserError` before anything is loaded."""

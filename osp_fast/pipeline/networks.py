@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
+
+from osp_fast.engine.stream_blocks import BlockStreamer
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
@@ -34,7 +36,7 @@ class Held(Generic[NetworkT]):
         self._keep, self.leaves, self._blocks, self._methods = keep, leaves, blocks, methods
         self._streamed: tuple[int, ...] = ()
         self._slots = 0
-        self._streamer: Any = None
+        self._streamer: BlockStreamer | None = None
         self._in_place = network is not None and not leaves
 
     def stream(self, streamed: Sequence[int], slots: int) -> None:
@@ -58,8 +60,6 @@ class Held(Generic[NetworkT]):
         if self._network is None:
             self._network = self._load()
         if self._streamed:
-            from osp_fast.engine.stream_blocks import BlockStreamer
-
             self._streamer = BlockStreamer(
                 self._blocks(self._network), self._streamed, self._device, self._slots, tuple(self._methods)
             )

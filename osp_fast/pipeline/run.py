@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,8 @@ from torch import Tensor
 from osp_fast.config import Recipe
 from osp_fast.diffusion.denoise import Text
 from osp_fast.engine.cuda_graphs import CudaMachine
+from osp_fast.engine.forward_graph import GraphedForward
+from osp_fast.engine.sampling_plan import SamplingPlan
 from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.prompt_refiner import PromptRefiner
 from osp_fast.models.text_encoder import TextEncoder
@@ -58,7 +59,7 @@ class Run:
         networks: Networks,
         settings: ClipSettings,
         recipe: Recipe | None,
-        plan: Any = None,
+        plan: SamplingPlan | None = None,
         cuda_graphs: bool | None = None,
         report: Report = silent,
     ):
@@ -142,6 +143,4 @@ class Run:
         streams = self.plan is not None and self.plan.dit_streamed
         if networks.device.type != "cuda" or self._cuda_graphs is False or changes or streams:
             return None
-        from osp_fast.engine.forward_graph import GraphedForward
-
         return GraphedForward(dit, CudaMachine(networks.device), bool(self._cuda_graphs), self._report)

@@ -79,6 +79,7 @@ class VideoPipeline:
         save_memory: bool = False,
         cuda_graphs: bool | None = None,
         keep: bool = False,
+        ranks: int = 1,
         join: Callable[[DiT], Teamwork] | None = None,
         report: Report = silent,
     ) -> "VideoPipeline":
@@ -87,7 +88,7 @@ class VideoPipeline:
         memory_budget: bytes on the device for all of it, None: what is free
         cuda_graphs: the DiT as a graph, None: where it measures faster
         keep: the text encoder stays in CPU memory, for more than one call of `generate`
-        join: makes a DiT that was loaded one of several ranks that share a clip
+        ranks, join: how many share a clip; what makes a DiT that was loaded one of them
         report: gets lines for the user
         """
         self = cls.__new__(cls)
@@ -107,7 +108,7 @@ class VideoPipeline:
             folders.held_text_encoder(place, keep, report),
             folders.held_refiner(place, keep, report),
         )
-        self._budget = Budget(folders, config, place, memory_budget, save_memory)
+        self._budget = Budget(folders, place, memory_budget, save_memory, ranks)
         self._cuda_graphs = cuda_graphs
         return self
 

@@ -1,5 +1,6 @@
 """The folders that a sampling run names: models, adapters, and where its files go."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def in_newest_checkpoint(named: Path, parts: Sequence[str]) -> Path | None:
 def writable_folder(name: str) -> Path:
     """The output folder, made if need be. Raises `UserError` if it cannot be written to."""
     folder = Path(name)
-    probe = folder / ".write_probe"
+    probe = folder / f".write_probe-{os.getpid()}"  # others may probe, too
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()

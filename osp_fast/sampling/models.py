@@ -80,6 +80,7 @@ class Models:
         self,
         report: Callable[[str], None],
         keep: bool = False,
+        ranks: int = 1,
         join: Callable[[DiT], Teamwork] | None = None,
     ) -> VideoPipeline:
         """See `VideoPipeline.from_folders`. Raises `UserError`."""
@@ -91,6 +92,7 @@ class Models:
             save_memory=self.config.save_memory,
             cuda_graphs=self.config.cuda_graphs,
             keep=keep,
+            ranks=ranks,
             join=join,
             report=report,
         )
@@ -101,22 +103,7 @@ class Models:
 
     def clip_settings(self) -> ClipSettings:
         """Of the clips that the flags ask for."""
-        config = self.config
-        negative = config.negative_prompt
-        return ClipSettings(
-            num_frames=config.num_frames,
-            height=config.height,
-            width=config.width,
-            steps=config.num_sampling_steps,
-            guidance_scale=config.guidance_scale,
-            method=config.sample_method,
-            negative_prompt=None if negative is None else self.clean(negative),
-            prediction_type=config.prediction_type,
-            rescale_betas_zero_snr=config.rescale_betas_zero_snr,
-            step_cache=config.step_cache,
-            vae_memory=config.vae_memory,
-            most_latent_frames=TILING_FRAMES if config.enable_tiling else None,
-        )
+        return clip_settings(self.config, self.clean)
 
     def settings(self) -> dict[str, Any]:
         """All that the flags resolve to."""
@@ -149,3 +136,22 @@ class Models:
         if self.folders.lora is not None:
             found["lora"] = fingerprint(Path(self.folders.lora.file).parent)
         return found
+
+
+def clip_settings(config: SampleConfig, clean: Callable[[str], str] = str) -> ClipSettings:
+    """Of the clips that flags ask for, with their sizes filled in; clean: of captions."""
+    negative = config.negative_prompt
+    return ClipSettings(
+        num_frames=config.num_frames,
+        height=config.height,
+        width=config.width,
+        steps=config.num_sampling_steps,
+        guidance_scale=config.guidance_scale,
+        method=config.sample_method,
+        negative_prompt=None if negative is None else clean(negative),
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        step_cache=config.step_cache,
+        vae_memory=config.vae_memory,
+        most_latent_frames=TILING_FRAMES if config.enable_tiling else None,
+    )
