@@ -7,7 +7,7 @@ item; files are replaced as a whole, so nothing but time is lost.
 """
 
 import fcntl
-import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -77,11 +77,8 @@ class Claims:
             time.sleep(POLL_SECONDS)
 
     def tidy(self) -> None:
-        """Remove the folder's locks, when all is done; others may be there still and find that all is done."""
-        for path in self._folder.glob("*.lock"):
-            path.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty, or gone
-            os.rmdir(self._folder)
+        """Remove the folder, when all is done; others may be there still and find that all is done."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class Claim:

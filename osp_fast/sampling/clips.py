@@ -87,7 +87,6 @@ class SamplingJob:
             else:
                 self._make_apart(wanted, makes, beside)
         makes.progress.close()
-        stages.tidy()
 
     def _make_apart(self, wanted: list[Clip], makes: "ClipMaker", beside: Beside) -> None:
         def waiting(clips: list[Clip]) -> None:

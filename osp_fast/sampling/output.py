@@ -95,7 +95,9 @@ class Output:
 
     def forget(self, clip: Clip) -> None:
         """Let the clip count as not finished."""
-        self.sidecar_path(clip).unlink(missing_ok=True)
+        path = self.sidecar_path(clip)
+        for file in (path, *path.parent.glob(f".{path.name}.*")):  # a killed process may have left some
+            file.unlink(missing_ok=True)
 
     def files(self) -> ClipFiles:
         """What writes one clip after the other."""

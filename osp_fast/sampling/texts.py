@@ -92,12 +92,6 @@ class TextStages:
             progress.show(done, f"text {done}/{len(texts)}", "encoded")
         progress.close()
 
-    def tidy(self) -> None:
-        """Remove what processes shared, when nothing needs it any more."""
-        if self._folder is not None:
-            for path in (*self._folder.glob("*.refined.json"), *self._folder.glob("*.text.safetensors")):
-                path.unlink(missing_ok=True)
-
     def _told(self, prompt: str, answer: str) -> str:
         self._report(f"refined: {answer}" if answer else f"the refiner has no answer to {prompt!r}: it stays as it is")
         return answer
