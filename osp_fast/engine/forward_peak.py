@@ -105,23 +105,16 @@ def refiner_bytes(network: nn.Module, tokens: int, new_tokens: int) -> int:
         model = _faked(network)
         with LiveBytes() as trace:
             given = torch.ones(1, tokens, dtype=torch.long)
-            result = model(input_ids=given, attention_mask=torch.ones_like(given), use_cache=True, **options)
+            # Without a mask: one of ones, which a single prompt has, is dropped where its contents are known.
+            result = model(input_ids=given, use_cache=True, **options)
             last = result.logits[:, -1].float()
             cache = result.past_key_values
             del result
-            reading, held = trace.peak, trace.live
-            trace.peak = trace.live
-            given = torch.ones(1, 1, dtype=torch.long)
-            model(
-                input_ids=given,
-                attention_mask=torch.ones(1, tokens + 1, dtype=torch.long),
-                past_key_values=cache,
-                use_cache=True,
-                **options,
-            )
+            reading, trace.peak = trace.peak, trace.live
+            # The next token: keys and values of all before it are copied, layer by layer.
+            model(input_ids=given[:, :1], past_key_values=cache, use_cache=True, **options)
     del last
-    writing = trace.peak + held * new_tokens // tokens
-    return max(reading, writing)
+    return max(reading, trace.peak * (tokens + new_tokens) // tokens)
 
 
 @dataclass(frozen=True)
