@@ -78,7 +78,10 @@ def _sample(arguments: argparse.Namespace, load: Callable) -> int:
 
     if arguments.tiny and arguments.case:
         raise UserError("--tiny measures the tiny preset's own size: leave --case out")
-    return run_sample(arguments.case or SAMPLE_CASES, arguments.tiny, arguments.json)
+    if arguments.tiny and arguments.memory_budget:
+        raise UserError("--memory_budget is measured on a GPU, and --tiny on a CPU: leave one of them out")
+    cases, thresholds = arguments.case or SAMPLE_CASES, arguments.step_cache
+    return run_sample(cases, arguments.tiny, arguments.json, thresholds, arguments.memory_budget)
 
 
 def _compare(arguments: argparse.Namespace, load: Callable) -> int:
@@ -146,7 +149,12 @@ def _parser() -> argparse.ArgumentParser:
     sample = add("sample", _sample, "a denoising step with guidance beside the usual ones, on a GPU; --tiny: on a CPU")
     sample.add_argument("--case", nargs="+", metavar="TxHxW", help=f"clips in pixels ({' '.join(SAMPLE_CASES)})")
     sample.add_argument("--tiny", action="store_true", help="the tiny preset on the CPU, and what each part saves")
-    sample.add_argument("--json", type=Path, default=RESULTS, metavar="DIR", help="where results go (bench/results)")
+    words = "whole runs with a step cache of these thresholds, too"
+    sample.add_argument("--step_cache", nargs="+", type=_threshold, default=(), metavar="FRACTION", help=words)
+    words = "steps within so much memory, too (10GiB and 6GiB, of the case 93x480x640)"
+    sample.add_argument("--memory_budget", nargs="+", type=_amount, default=(), metavar="BYTES", help=words)
+    where = "where results go (bench/results)"
+    sample.add_argument("--json", "--out", dest="json", type=Path, default=RESULTS, metavar="DIR", help=where)
 
     compare = add("compare", _compare, "two result files of run, or two of static: what changed")
     compare.add_argument("before", type=Path, metavar="A.json")
@@ -158,6 +166,20 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--results", type=Path, metavar="DIR", help="where they are (bench/results)")
     report.add_argument("--output", type=Path, metavar="FILE", help="write to this file instead of printing")
     return parser
+
+
+def _amount(text: str) -> int:
+    size = memory_size(text)
+    if size is None:
+        raise argparse.ArgumentTypeError("auto is no amount of memory: write bytes, 500MiB or 4GiB")
+    return size
+
+
+def _threshold(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be between 0 and 1")
+    return value
 
 
 def _at_least_one(text: str) -> int:

@@ -1,6 +1,6 @@
 """`bench sample`: one denoising step of the whole DiT with guidance, beside how it is usually written.
 
-On a GPU it is the released 2.7 B model with random weights in bf16, four implementations in one run:
+On a GPU it is the released 2.7 B model with random weights in bf16, four implementations in one run, in turns:
 
 | row | blocks | attention | computed once |
 |---|---|---|---|
@@ -9,55 +9,75 @@ On a GPU it is the released 2.7 B model with random weights in bf16, four implem
 | torch.compile, best SDPA | compiled, plain PyTorch | PyTorch's fused kernels | nothing |
 | reference path | plain PyTorch | memory-efficient SDPA with a mask | nothing |
 
-First every implementation is held against float32 on a small clip: what is wrong is not timed. Then a clip of 100
-steps is what they take and the time of our VAE's decoding. With `--tiny`, on a CPU, the tiny preset's step takes turns
-with a plain loop, and with either of the two things computed once, so that each one's share is seen.
+First each is held against float32 at the same size: what is wrong is not timed. A clip is 100 such steps and its
+decoding by our VAE. With `--tiny`, on a CPU, the tiny preset's step takes turns with a plain loop, and with either of
+the two things computed once, so that each one's share is seen.
 """
 
 import datetime
-import gc
+import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.accuracy import exact_float32, relative_error
 from bench.measure import ceilings, environment, require_cuda
 from bench.results import OURS, result_path, write_result
-from bench.sample_steps import ON_CPU, ON_GPU, Implementation, Step, guided_flops, make_noise, prepare_step
-from bench.table import format_table, percent
+from bench.sample_cache import cache_table, measure_caches
+from bench.sample_memory import measure_budget
+from bench.sample_report import complete, sample_table, shares
+from bench.sample_steps import (
+    EXACT,
+    ON_CPU,
+    ON_GPU,
+    WITHIN,
+    Implementation,
+    Sampler,
+    fresh_dit,
+    let_go,
+    make_noise,
+    make_sampler,
+    prepare,
+    same_dit,
+)
 from bench.train import MODEL, parse_case
-from bench.train_steps import Case, kernels_path, make_dit
+from bench.train_steps import Case, kernels_path
 from osp_fast.config import SAMPLE_PRESETS, TRAIN_PRESETS
 from osp_fast.data.buckets import Bucket
-from osp_fast.engine.cost import Workload, forward_seconds
-from osp_fast.engine.devices import H100, find_device
+from osp_fast.device import memory_allowance
+from osp_fast.errors import UserError
 from osp_fast.models.dit import DIT_CONFIGS, DiT, DiTConfig
-from osp_fast.models.wfvae_plan import gib
 
 STEPS = 100  # of a clip
-CHECKED = Bucket(9, 64, 96)  # the clip of the check
-CHECKED_STEPS = 3
-TOLERANCE = {True: 0.05, False: 1e-4}  # of the latents after these steps against float32, bf16 or not
-WARM_STEPS = 2  # beside the first, which compiles
-PIECES, PIECE_S = 5, 2.0  # the median of so many times of as many steps as take so long, or of one
-TURNS = 60  # of each implementation on the CPU
-TARGETS = {"93x640x640": 115.0, "93x352x640": 50.0}  # seconds of 100 steps, decoding not counted, on an H100
-HEADERS = [
-    "case",
-    "implementation",
-    "s/step",
-    "times ours",
-    "100 steps",
-    "with decoding",
-    "TFLOP/s",
-    "of matmul",
-    "peak",
-]
-HEADERS += ["predicted s/step", "error", ""]
+CHECKED_STEP = 37  # neither the first one, which a CUDA graph is captured of, nor the last
+TOLERANCE = {True: 0.05, False: 1e-4}  # of the guided prediction against float32, bf16 or not
+WARM_STEPS = 3  # the first one compiles
+TURNS = {"cuda": 5, "cpu": 200}  # of each implementation
+PIECE_S = {"cuda": 2.0, "cpu": 0.0}  # what a turn takes at least, if it is more than a step
+# Bytes, and the case that is measured within them where nothing else is asked for: all weights fit into the first.
+BUDGETS, BUDGETED = (10 << 30, 6 << 30), "93x480x640"
+
+
+@dataclass
+class Running:
+    """An implementation while it takes turns.
+
+    own: bytes that it holds between steps; peak: the most in a step; full: whether it ran out of memory
+    """
+
+    implementation: Implementation
+    sampler: Sampler
+    own: int
+    steps: int = 1
+    seconds: list[float] = field(default_factory=list)
+    peak: int = 0
+    full: bool = False
 
 
 def tiny_case() -> Case:
@@ -67,231 +87,203 @@ def tiny_case() -> Case:
     return Case(size, 1, SAMPLE_PRESETS["tiny"]["max_sequence_length"])
 
 
-def fresh_dit(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> DiT:
-    """Random weights, the same for every type."""
-    return make_dit(config, device).to(dtype).requires_grad_(False).eval()
-
-
-def result_of(step: Step, config: DiTConfig, case: Case, device: torch.device) -> torch.Tensor:
-    """The latents after some steps."""
-    latents = make_noise(config, case, device)
-    for number in range(CHECKED_STEPS):
-        latents = step(latents, number)
-    return latents
-
-
-def errors(
-    implementations: Sequence[Implementation], config: DiTConfig, device: torch.device, dtype: torch.dtype
-) -> dict[str, float]:
-    """Implementation -> relative error of a small clip's latents against plain operations in float32."""
-    case = Case(CHECKED, 1, 32)
-    plain = Implementation("float32", "reference", "reference")
-    with kernels_path("reference"), exact_float32():
-        step = prepare_step(plain, fresh_dit(config, device, torch.float32), case, CHECKED_STEPS)
-        expected = result_of(step, config, case, device)
-    del step
-    found = {}
-    for one in implementations:
-        _let_go(device)
-        with kernels_path(one.path):
-            step = prepare_step(one, fresh_dit(config, device, dtype), case, CHECKED_STEPS, lambda line: None)
-            found[one.name] = relative_error(result_of(step, config, case, device), expected)
-        del step
-    return found
-
-
-def measure_row(
-    one: Implementation, config: DiTConfig, case: Case, device: torch.device, error: float, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Median seconds and memory of an implementation, or why it has none. What came before is let go."""
-    _let_go(device)
-    row = {"case": str(case), "implementation": one.name, "seconds": None, "peak_bytes": None, "rel_err": error}
-    row |= {"ok": error <= TOLERANCE[dtype == torch.bfloat16], "chosen": [], "note": ""}
-    if not row["ok"]:
-        return row | {"note": f"off by {error:.1e}, not timed"}
+@torch.no_grad()
+def exact_prediction(config: DiTConfig, case: Case, device: torch.device) -> Tensor:
+    """The guided prediction of plain operations in float32. Raises `UserError` if it does not fit."""
+    let_go(device)
     try:
-        with kernels_path(one.path):
-            step = prepare_step(one, fresh_dit(config, device, dtype), case, STEPS, row["chosen"].append)
-            latents = make_noise(config, case, device)
-            seconds_of(step, latents, 1 + WARM_STEPS, device)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            steps = max(1, round(PIECE_S / seconds_of(step, latents, 1, device)))
-            row["seconds"] = statistics.median(seconds_of(step, latents, steps, device) for _ in range(PIECES))
-            if device.type == "cuda":
-                row["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        with kernels_path(EXACT.path), exact_float32():
+            dit = prepare(EXACT, fresh_dit(config, device, torch.float32))
+            return make_sampler(EXACT, dit, case, STEPS).predict(make_noise(config, case, device, 1), CHECKED_STEP)
     except torch.OutOfMemoryError:
-        row["note"] = "out of memory"
-    return row
+        raise UserError(
+            f"--case {case}: in float32, which all are held against, it does not fit into the memory of {device}: "
+            "give a smaller one"
+        ) from None
 
 
-def seconds_of(step: Step, latents: torch.Tensor, steps: int, device: torch.device) -> float:
+@torch.no_grad()
+def prediction_error(sampler: Sampler, config: DiTConfig, case: Case, expected: Tensor) -> float:
+    """Of the guided prediction against float32."""
+    return relative_error(sampler.predict(make_noise(config, case, expected.device, 1), CHECKED_STEP), expected)
+
+
+def measure_case(
+    config: DiTConfig,
+    case: Case,
+    implementations: Sequence[Implementation],
+    device: torch.device,
+    dtype: torch.dtype,
+    expected: Tensor,
+) -> list[dict[str, Any]]:
+    """A row for each implementation: seconds of a step, its spread, error and memory, or why it has none.
+
+    All have the same weights in the same memory. expected: `exact_prediction`. `of_last`: `median_of_ratios` to the
+    last implementation's times.
+    """
+    let_go(device)
+    base = fresh_dit(config, device, dtype)
+    rows, running = [], []
+    for one in implementations:
+        row = {"case": str(case), "implementation": one.name, "seconds": None, "spread": None, "peak_bytes": None}
+        row |= {"of_last": None, "rel_err": None, "ok": False, "chosen": [], "note": ""}
+        rows.append(row)
+        try:
+            ready = _start(one, base, case, row, expected)
+        except torch.OutOfMemoryError:
+            row["note"] = "out of memory"
+        else:
+            running += [] if ready is None else [(row, ready)]
+    _take_turns([ready for _, ready in running], make_noise(config, case, device))
+    own = sum(ready.own for _, ready in running)
+    for row, ready in running:
+        if ready.full:
+            row |= {"ok": False, "note": "out of memory beside the others"}
+            continue
+        low, median, high = torch.tensor(ready.seconds).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        row |= {"seconds": median, "spread": (high - low) / median}
+        if running[-1][0] is rows[-1] and not running[-1][1].full:
+            row |= {"of_last": median_of_ratios(ready.seconds, running[-1][1].seconds)}
+        if device.type == "cuda":  # less what the others held meanwhile
+            row["peak_bytes"] = ready.peak - (own - ready.own) + ready.sampler.graph_bytes
+    return rows
+
+
+def _start(one: Implementation, base: DiT, case: Case, row: dict[str, Any], expected: Tensor) -> Running | None:
+    """Compile and warm up an implementation and fill its error in; None if it is wrong."""
+    device = expected.device
+    before = _allocated(device)
+    with kernels_path(one.path):
+        sampler = make_sampler(one, prepare(one, same_dit(base)), case, STEPS, row["chosen"].append)
+        sampler.run(make_noise(base.config, case, device), range(WARM_STEPS))
+        row["rel_err"] = prediction_error(sampler, base.config, case, expected)
+    row["ok"] = row["rel_err"] <= TOLERANCE[base.proj_out.weight.dtype == torch.bfloat16]  # not if it is NaN
+    for line in row["chosen"]:
+        print(f"{case}, {one.name}: {line}", flush=True)
+    if not row["ok"]:
+        row["note"] = f"WRONG by {row['rel_err']:.1e}, not timed"
+        return None
+    return Running(one, sampler, _allocated(device) - before)
+
+
+def _take_turns(running: Sequence[Running], latents: Tensor) -> None:
+    """Time pieces of all in turn, in both orders, so that what the device does meanwhile meets all of them."""
+    device = latents.device
+    for turn in range(-1, TURNS[device.type]):  # the first tells how many steps a piece is to have
+        for one in running if turn % 2 else reversed(running):
+            if one.full:
+                continue
+            try:
+                seconds = _piece(one, latents)
+            except torch.OutOfMemoryError:
+                one.full = True
+                continue
+            if turn < 0:
+                one.steps = min(STEPS, max(1, round(PIECE_S[device.type] / seconds)))
+            else:
+                one.seconds.append(seconds)
+
+
+def _piece(one: Running, latents: Tensor) -> float:
+    """Seconds of one of an implementation's next steps; its peak of memory is noted."""
+    with kernels_path(one.implementation.path):
+        if not latents.is_cuda:
+            return seconds_of(one.sampler, latents, one.steps)
+        torch.cuda.reset_peak_memory_stats(latents.device)
+        seconds = seconds_of(one.sampler, latents, one.steps)
+        one.peak = max(one.peak, torch.cuda.max_memory_allocated(latents.device))
+        return seconds
+
+
+def median_of_ratios(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
+    """[median, low, high] of the ratios of times taken in the same turns: what slows a whole turn down is in both.
+
+    low, high: between them the median lies with 95 % confidence, by the order statistics of its sign test
+    """
+    ratios = sorted(mine / other for mine, other in zip(seconds, others, strict=True))
+    half = 0.98 * len(ratios) ** 0.5
+    first = max(0, math.floor(len(ratios) / 2 - half))
+    return [statistics.median(ratios), ratios[first], ratios[len(ratios) - 1 - first]]
+
+
+def seconds_of(sampler: Sampler, latents: Tensor, steps: int) -> float:
     """Of one of several steps, without a wait between them, as in sampling."""
     start = time.perf_counter()
-    for number in range(steps):
-        latents = step(latents, number)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    sampler.run(latents, range(steps))
+    if latents.is_cuda:
+        torch.cuda.synchronize(latents.device)
     return (time.perf_counter() - start) / steps
 
 
-def measure_in_turns(config: DiTConfig, case: Case, implementations: Sequence[Implementation] = ON_CPU) -> list[dict]:
-    """A row for each implementation on the CPU, in float32; all take a step in turn, in both orders."""
-    device = torch.device("cpu")
-    wrong = errors(implementations, config, device, torch.float32)
-    seconds: list[list[float]] = [[] for _ in implementations]
-    with kernels_path("reference"):
-        steps = [prepare_step(one, fresh_dit(config, device, torch.float32), case, STEPS) for one in implementations]
-        latents = make_noise(config, case, device)
-        for turn in range(-WARM_STEPS, TURNS):
-            for index in range(len(steps)) if turn % 2 else reversed(range(len(steps))):
-                took = seconds_of(steps[index], latents, 1, device)
-                if turn >= 0:
-                    seconds[index].append(took)
-    return [
-        {
-            "case": str(case),
-            "implementation": one.name,
-            "seconds": statistics.median(times),
-            "peak_bytes": None,
-            "rel_err": wrong[one.name],
-            "ok": wrong[one.name] <= TOLERANCE[False],
-            "chosen": [],
-            "note": "",
-        }
-        for one, times in zip(implementations, seconds, strict=True)
-    ]
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def decode_seconds(case: Case, device: torch.device) -> float | None:
     """Of our VAE for such a clip, with all of the GPU to itself; None if it does not fit."""
     from bench.vae import Case as VaeCase
     from bench.vae import implementations, make_vae, time_and_peak
-    from osp_fast.device import memory_allowance
 
-    _let_go(device)
+    let_go(device)
     vae = make_vae("WFVAEModel_D8_4x8x8", device, torch.bfloat16)
     decode = VaeCase("decode", case.size)
     _, make = next(implementations(vae, decode, memory_allowance(device)))
     try:
-        return time_and_peak(make(), decode.make_input(next(vae.parameters())), device)[0]
+        with torch.no_grad():
+            return time_and_peak(make(), decode.make_input(next(vae.parameters())), device)[0]
     except torch.OutOfMemoryError:
         return None
 
 
-def complete(
-    rows: list[dict[str, Any]],
-    config: DiTConfig,
-    case: Case,
-    device: torch.device,
-    limits: dict[str, float] | None,
-    decoding: float | None,
-) -> None:
-    """Fill in rates, whole clips, predictions, the target, and what ours won over the others."""
-    flops = guided_flops(config, case)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    rates = (find_device(name) or H100) if name else None
-    for row in rows:
-        seconds = row["seconds"]
-        row["flops_per_second"] = None if seconds is None else flops / seconds
-        row["of_matmul"] = (
-            row["flops_per_second"] / limits["matmul_flops_per_second"] if seconds is not None and limits else None
-        )
-        row["hundred_steps_seconds"] = None if seconds is None else STEPS * seconds
-        row["decode_seconds"] = decoding
-        row["predicted_seconds"] = None
-        if rates is not None and row["implementation"] == OURS:
-            row["predicted_seconds"] = forward_seconds(config, _workload(case), rates)
-            row["target_seconds"] = TARGETS.get(str(case))
+class Results:
+    """Prints rows and writes all of them after each case, so that a run that is cut off has left what it measured."""
 
+    def __init__(self, folder: Path, model: str, device: torch.device):
+        self._env = environment(device)
+        if device.type == "cpu":
+            self._env["threads"] = torch.get_num_threads()
+        self._model = model
+        self.path = result_path(folder, self._env["device"], "sample")
+        self.limits = ceilings(device) if device.type == "cuda" else None
+        self.rows: list[dict[str, Any]] = []
+        print(self._env["device"], flush=True)
 
-def _workload(case: Case) -> Workload:
-    """Both halves of guidance in one batch."""
-    return Workload(2, case.latent_size, case.text_tokens, weight_dtype=torch.bfloat16)
-
-
-def sample_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Each case with its implementations, and their times over ours."""
-    lines = []
-    for row in rows:
-        ours = next(one for one in rows if one["case"] == row["case"] and one["implementation"] == OURS)
-        seconds, decoding = row["seconds"], row["decode_seconds"]
-        ratio = seconds / ours["seconds"] if seconds and ours["seconds"] else None
-        lines.append(
-            [
-                row["case"],
-                row["implementation"],
-                f"{seconds:.4g}" if seconds else None,
-                f"{ratio:.2f}" if ratio else None,
-                f"{STEPS * seconds:.1f}" if seconds else None,
-                f"{STEPS * seconds + decoding:.1f}" if seconds and decoding else None,
-                f"{row['flops_per_second'] / 1e12:.4g}" if seconds else None,
-                percent(row["of_matmul"]),
-                gib(row["peak_bytes"]) if row["peak_bytes"] else None,
-                f"{row['predicted_seconds']:.4g}" if row["predicted_seconds"] else None,
-                f"{row['rel_err']:.1e}",
-                row["note"],
-            ]
-        )
-    return format_table(HEADERS, lines)
-
-
-def shares(rows: Sequence[dict[str, Any]]) -> str:
-    """In words: how much of a step text keys and time vectors that are computed once save, of the rows of one run."""
-    seconds = {row["implementation"]: row["seconds"] for row in rows}
-    plain = seconds["plain loop"]
-    saved = {name: 1 - seconds[name] / plain for name in (OURS, "text keys once", "time vectors once")}
-    return (
-        f"of a plain loop's step, text keys once save {saved['text keys once']:.1%}, time vectors once "
-        f"{saved['time vectors once']:.1%}, both {saved[OURS]:.1%}"
-    )
-
-
-def run_sample(texts: Sequence[str], tiny: bool, folder: Path) -> int:
-    """Measure the cases and write them; 1 if ours did not run, or computed something else. Raises `UserError`."""
-    cases = [parse_case(text) for text in texts]
-    device = torch.device("cpu") if tiny else require_cuda("sample (without --tiny)")
-    env = environment(device)
-    limits = None
-    if tiny:
-        env["threads"] = torch.get_num_threads()
-    else:
-        limits = ceilings(device)
-    print(env["device"], flush=True)
-    path = result_path(folder, env["device"], "sample")
-    rows: list[dict[str, Any]] = []
-    for found in _measured(cases, tiny, device, limits):
-        rows += found
-        print(sample_table(found), flush=True)
+    def add(self, rows: list[dict[str, Any]], table: str) -> None:
+        """Rows of a case."""
+        self.rows += rows
+        print(table, flush=True)
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        result = {"kind": "sample", "date": date, "environment": env, "model": "tiny" if tiny else MODEL}
-        write_result(path, {**result, "ceilings": limits, "rows": rows})
-    if tiny:
-        print(shares(rows))
-    print(f"written to {path}")
-    return 1 if any(row["implementation"] == OURS and not (row["ok"] and row["seconds"]) for row in rows) else 0
+        result = {"kind": "sample", "date": date, "environment": self._env, "model": self._model}
+        write_result(self.path, {**result, "ceilings": self.limits, "rows": self.rows})
 
 
-def _measured(
-    cases: Sequence[Case], tiny: bool, device: torch.device, limits: dict[str, float] | None
-) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each case."""
-    if tiny:
-        config, case = DIT_CONFIGS["tiny"], tiny_case()
-        rows = measure_in_turns(config, case)
-        complete(rows, config, case, device, None, None)
-        yield rows
-        return
-    config = DIT_CONFIGS[MODEL]
-    wrong = errors(ON_GPU, config, device, torch.bfloat16)
+def run_sample(
+    texts: Sequence[str], tiny: bool, folder: Path, thresholds: Sequence[float] = (), budgets: Sequence[int] = ()
+) -> int:
+    """Measure the cases and write them; 1 if ours did not run, or computed something else. Raises `UserError`.
+
+    thresholds: of step caches to measure
+    budgets: bytes to measure each case within; none: `BUDGETS`, of the case `BUDGETED` alone
+    """
+    cases = [tiny_case()] if tiny else [parse_case(text) for text in texts]
+    device = torch.device("cpu") if tiny else require_cuda("sample (without --tiny)")
+    config, dtype = DIT_CONFIGS["tiny" if tiny else MODEL], torch.float32 if tiny else torch.bfloat16
+    results = Results(folder, "tiny" if tiny else MODEL, device)
     for case in cases:
-        rows = [measure_row(one, config, case, device, wrong[one.name], torch.bfloat16) for one in ON_GPU]
-        complete(rows, config, case, device, limits, decode_seconds(case, device))
-        yield rows
-
-
-def _let_go(device: torch.device) -> None:
-    torch._dynamo.reset()  # compiled graphs do not know which path they were made for
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+        expected = exact_prediction(config, case, device)
+        rows = measure_case(config, case, ON_CPU if tiny else ON_GPU, device, dtype, expected)
+        if not tiny:
+            checked = (CHECKED_STEP, TOLERANCE[True])
+            for budget in budgets or (BUDGETS if str(case) == BUDGETED else ()):
+                rows.append(measure_budget(config, case, budget, device, dtype, STEPS, expected, checked))
+        decoding = None if tiny else decode_seconds(case, device)
+        complete(rows, config, case, device, results.limits, STEPS, decoding)
+        results.add(rows, sample_table(rows, STEPS))
+        if tiny:
+            print(shares(rows))
+        if thresholds:
+            caches = measure_caches(config, case, thresholds, device, dtype, STEPS)
+            results.add(caches, cache_table(caches))
+    print(f"written to {results.path}")
+    ours = [row for row in results.rows if row["implementation"] == OURS or row["implementation"].startswith(WITHIN)]
+    return 0 if all(row["ok"] and row["seconds"] for row in ours) else 1

@@ -5,15 +5,19 @@ along. Every implementation has the same weights and is given the same numbers, 
 others'.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.results import OURS
-from bench.train_steps import Case, masked_attention
-from osp_fast.diffusion.denoise import GuidedModel, Text, prepare_text
+from bench.train_steps import Case, make_dit, masked_attention
+from osp_fast.diffusion.denoise import GuidedModel, Halves, Text, prepare_text
+from osp_fast.diffusion.samplers import LEAST_SIGNAL
+from osp_fast.diffusion.schedule import TRAIN_STEPS, diffusion_betas
 from osp_fast.engine.compile import compile_blocks
 from osp_fast.engine.cost import step_flops
 from osp_fast.engine.cuda_graphs import CudaMachine
@@ -21,9 +25,11 @@ from osp_fast.engine.forward_graph import GraphedForward
 from osp_fast.models.attention_backends import AttentionBackend
 from osp_fast.models.dit import DiT, DiTConfig
 
-SCALE = 7.5
-STRIDE = 0.01  # how far a step moves the latents; any number would do
-Step = Callable[[Tensor, int], Tensor]  # latents (1, C, T, H, W), number of the step -> the next ones
+# Of guidance in timed steps, which take as long with any other. A larger one would magnify rounding in the check: the
+# prediction is scale x one half - (scale - 1) x the other.
+SCALE = 2.0
+WITHIN = "within"  # how rows of a budget of memory are called, before its bytes
+Predict = Callable[[Tensor, int], Tensor]  # latents (1, C, T, H, W), number of the step -> guided prediction, float32
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,50 @@ ON_CPU = (
     Implementation("time vectors once", "reference", "reference", times_once=True),
     Implementation("plain loop", "reference", "reference"),
 )
+EXACT = Implementation("float32", "masked", "reference")  # what all others are held against
+
+
+class Ddim:
+    """DDIM without noise (Song et al. 2021, arXiv:2010.02502) for a DiT that predicts velocity, from zero signal on.
+
+    As `--sample_method DDIM` computes it, without diffusers, and with numbers that the host knows: no step waits.
+    """
+
+    def __init__(self, steps: int):
+        stride = TRAIN_STEPS / steps
+        self.timesteps = (TRAIN_STEPS - stride * torch.arange(steps)).round() - 1
+        signal = torch.cumprod(1 - diffusion_betas(True, LEAST_SIGNAL), 0)
+        before = (self.timesteps.long() - TRAIN_STEPS // steps).tolist()
+        self._now = [signal[int(t)].item() for t in self.timesteps]
+        self._next = [signal[t].item() if t >= 0 else 1.0 for t in before]
+
+    def step(self, latents: Tensor, velocity: Tensor, number: int) -> Tensor:
+        """The latents of the next timestep."""
+        now, after = self._now[number], self._next[number]
+        clean = now**0.5 * latents - (1 - now) ** 0.5 * velocity
+        noise = now**0.5 * velocity + (1 - now) ** 0.5 * latents
+        return after**0.5 * clean + (1 - after) ** 0.5 * noise
+
+
+@dataclass
+class Sampler:
+    """An implementation at work on a clip; `kernels_path` must be its own. graph: of the forward, where one may be."""
+
+    predict: Predict
+    ddim: Ddim
+    graph: GraphedForward | None = None
+
+    @torch.no_grad()
+    def run(self, latents: Tensor, numbers: range) -> Tensor:
+        """The latents after these steps."""
+        for number in numbers:
+            latents = self.ddim.step(latents, self.predict(latents, number), number)
+        return latents
+
+    @property
+    def graph_bytes(self) -> int:
+        """That a CUDA graph holds; PyTorch does not count them as allocated."""
+        return 0 if self.graph is None else self.graph.size
 
 
 def guided_flops(config: DiTConfig, case: Case) -> int:
@@ -78,45 +128,71 @@ def make_texts(config: DiTConfig, case: Case, device: torch.device) -> tuple[Tex
     )
 
 
-def make_noise(config: DiTConfig, case: Case, device: torch.device) -> Tensor:
+def make_noise(config: DiTConfig, case: Case, device: torch.device, seed: int = 0) -> Tensor:
     """Latents to begin with."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(1, config.in_channels, *case.latent_size, generator=generator, device=device)
 
 
-def prepare_step(one: Implementation, dit: DiT, case: Case, steps: int, report: Callable[[str], None] = print) -> Step:
-    """An implementation's step with this DiT, which it changes; `kernels_path` must be its own.
+def fresh_dit(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> DiT:
+    """Random weights, the same for every type."""
+    return make_dit(config, device).to(dtype).requires_grad_(False).eval()
 
-    steps: of a run, whose timesteps go from 999 to 0; report: takes a line on a CUDA graph
+
+def same_dit(dit: DiT) -> DiT:
+    """Another model with the same weights, in the same memory."""
+    with torch.device("meta"):
+        other = DiT(dit.config)
+    other.load_state_dict(dit.state_dict(), assign=True)
+    return other.requires_grad_(False).eval()
+
+
+def prepare(one: Implementation, dit: DiT, device: torch.device | None = None) -> DiT:
+    """Give a DiT an implementation's attention, and compile it, where it is. Returns the model.
+
+    device: where it will compute, None: where it is
     """
-    device, dtype = dit.proj_out.weight.device, dit.proj_out.weight.dtype
     if one.attention == "masked":
         backend = AttentionBackend("masked", masked_attention, lambda mode, sparse_n: "memory-efficient, masked")
         for block in dit.transformer_blocks:
             block.self_attention.backend = block.cross_attention.backend = backend
     else:
-        dit.use_attention(one.attention, device, dtype)
+        dit.use_attention(one.attention, device)
     if one.compiled:
         compile_blocks(dit, buckets=2)
-    texts = make_texts(dit.config, case, device)
-    timesteps = torch.linspace(999, 0, steps)
-    predict = _engine(dit, texts, timesteps, report) if one.engine else _plain(one, dit, texts, timesteps)
-
-    @torch.no_grad()
-    def step(latents: Tensor, number: int) -> Tensor:
-        return latents - STRIDE * predict(latents, number % steps)
-
-    return step
+    return dit
 
 
-def _engine(dit: DiT, texts: tuple[Text, Text], timesteps: Tensor, report: Callable[[str], None]) -> Step:
-    """The engine's model call; on a GPU a CUDA graph, if that is faster."""
+def make_sampler(
+    one: Implementation, dit: DiT, case: Case, steps: int, report: Callable[[str], None] = print
+) -> Sampler:
+    """Of a prepared DiT. On a GPU the engine's is a CUDA graph if that is faster, of which `report` takes a line."""
     device = dit.proj_out.weight.device
-    forward = GraphedForward(dit, CudaMachine(device), False, report) if device.type == "cuda" else None
-    return GuidedModel(dit, prepare_text(dit, *texts), timesteps, SCALE, forward=forward)
+    if not one.engine:
+        ddim = Ddim(steps)
+        return Sampler(_plain(one, dit, make_texts(dit.config, case, device), ddim.timesteps), ddim)
+    graph = GraphedForward(dit, CudaMachine(device), False, report) if device.type == "cuda" else None
+    return engine_sampler(dit, case, steps, forward=graph)
 
 
-def _plain(one: Implementation, dit: DiT, texts: tuple[Text, Text], timesteps: Tensor) -> Step:
+def engine_sampler(
+    dit: DiT,
+    case: Case,
+    steps: int,
+    *,
+    scale: float = SCALE,
+    halves: Halves = Halves.TOGETHER,
+    forward: GraphedForward | None = None,
+    step_cache: Any = None,
+) -> Sampler:
+    """The engine's own, with these settings of `GuidedModel`."""
+    ddim = Ddim(steps)
+    texts = prepare_text(dit, *make_texts(dit.config, case, dit.proj_out.weight.device), halves)
+    model = GuidedModel(dit, texts, ddim.timesteps, scale, halves, forward=forward, step_cache=step_cache)
+    return Sampler(model, ddim, forward)
+
+
+def _plain(one: Implementation, dit: DiT, texts: tuple[Text, Text], timesteps: Tensor) -> Predict:
     """The usual lines, with what is computed once left out of the loop, or not."""
     device, dtype = dit.proj_out.weight.device, dit.proj_out.weight.dtype
     states = torch.cat([texts[1].states, texts[0].states]).to(dtype)
@@ -132,3 +208,11 @@ def _plain(one: Implementation, dit: DiT, texts: tuple[Text, Text], timesteps: T
         return without + SCALE * (with_prompt - without)
 
     return predict
+
+
+def let_go(device: torch.device) -> None:
+    """Of what was measured before."""
+    torch._dynamo.reset()  # compiled graphs do not know which path they were made for
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -198,13 +198,6 @@ class StepSeconds:
         return self.products + self.attention + self.memory_bound + self.recompute + self.update + self.communication
 
 
-def forward_seconds(config: DiTConfig, workload: Workload, device: DeviceModel) -> float:
-    """Of one forward of the whole DiT, as a step of sampling takes it; guidance doubles the clips."""
-    flops = step_flops(config, workload)
-    computing = flops.products / device.matmul_flops + flops.attention / device.attention_forward
-    return computing + FORWARD_PASSES * config.num_layers * pass_bytes(config, workload) / device.copy_bytes
-
-
 def predict_step(
     config: DiTConfig, workload: Workload, sharding: Sharding, recompute: float, device: DeviceModel
 ) -> StepSeconds:
@@ -220,7 +213,7 @@ def predict_step(
         memory_bound += CAST_BYTES * sharding.trained / device.copy_bytes
     update = sharding.local_trained * sharding.optimizer_bytes / device.copy_bytes
     update += sharding.local_trained * sharding.offloaded_bytes / device.host_bytes
-    forward = forward_seconds(config, workload, device)
+    forward = forward_products + forward_attention + FORWARD_PASSES * one_pass
     backward = products + attention + memory_bound + recompute - forward
     exposed = exposed_communication(config, sharding, workload.weight_dtype, forward, backward, device)
     return StepSeconds(products * times, attention * times, memory_bound * times, recompute * times, update, exposed)
