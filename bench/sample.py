@@ -231,7 +231,7 @@ def decode_seconds(case: Case, device: torch.device) -> float | None:
     try:
         with torch.no_grad():
             return time_and_peak(make(), decode.make_input(next(vae.parameters())), device)[0]
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):  # the latter is the plan's: not even piece by piece
         return None
 
 
