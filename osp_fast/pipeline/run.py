@@ -143,5 +143,5 @@ class Run:
         streams = self.plan is not None and self.plan.dit_streamed
         if networks.device.type != "cuda" or self._cuda_graphs is False or changes or streams:
             return None
-        spare = 0 if self.plan is None else self.plan.vae.peak_bytes or 0  # decoding is to fit beside a graph
+        spare = 0 if self.plan is None else self.plan.vae.peak_bytes  # decoding is to fit beside a graph
         return GraphedForward(dit, CudaMachine(networks.device), bool(self._cuda_graphs), self._report, spare)
