@@ -12,6 +12,7 @@ from osp_fast.diffusion.denoise import Text
 from osp_fast.engine.cuda_graphs import CudaMachine
 from osp_fast.engine.forward_graph import GraphedForward
 from osp_fast.engine.sampling_plan import SamplingPlan
+from osp_fast.engine.stages import DECODING
 from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.prompt_refiner import PromptRefiner
 from osp_fast.models.text_encoder import TextEncoder
@@ -143,5 +144,14 @@ class Run:
         streams = self.plan is not None and self.plan.dit_streamed
         if networks.device.type != "cuda" or self._cuda_graphs is False or changes or streams:
             return None
-        spare = 0 if self.plan is None else self.plan.vae.peak_bytes  # decoding is to fit beside a graph
-        return GraphedForward(dit, CudaMachine(networks.device), bool(self._cuda_graphs), self._report, spare)
+        return GraphedForward(dit, CudaMachine(networks.device), bool(self._cuda_graphs), self._report, self._spare())
+
+    def _spare(self) -> int:
+        """Bytes of the GPU that a graph must leave: to decoding, and to whoever has what is beyond the budget."""
+        if self.plan is None:
+            return 0
+        held = torch.cuda.memory_allocated(self._networks.device)
+        spare = max(0, self.plan.peaks.get(DECODING, 0) - held)
+        if self.plan.budget is not None:
+            spare += max(0, torch.cuda.mem_get_info(self._networks.device)[0] - (self.plan.budget - held))
+        return spare
