@@ -117,10 +117,12 @@ class SamplingNeeds:
 
     def _denoising_bytes(self, clips: int, turns: int) -> DenoisingBytes:
         facts = self.facts
-        workload = self.workload(clips)
-        return denoising_bytes(facts.dit, workload, turns, facts.calls, facts.step_cache, facts.ranks_of_half)
+        return denoising_bytes(
+            facts.dit, self.workload(clips), turns, facts.calls, facts.step_cache, facts.ranks_of_half
+        )
 
     def workload(self, clips: int) -> Workload:
+        """One call of the DiT."""
         facts = self.facts
         tensors = (facts.dtype, facts.dtype, facts.attention, facts.path)
         return Workload(clips, facts.latent_size, facts.text_tokens, *tensors, compiled=False)
@@ -168,6 +170,7 @@ class SamplingNeeds:
                 least += least // 20
 
     def smallest(self, network: StreamedWeights) -> int:
+        """The fewest bytes of its weights that the device can do with."""
         return network.least if self.on_gpu else network.resident((), 1)
 
     def kept(self, work: DenoisingBytes) -> int:

@@ -108,7 +108,8 @@ class _Planner:
         least = [(needs.smallest(stage.network) + stage.work, stage.name, stage.advice) for stage in needs.texts]
         least.append((dit + min(work.peak for work in works) + needs.vae_weights, DENOISING, smaller))
         held = min(needs.kept(work) for work in works) + (0 if needs.leaves else dit)
-        if not needs.decodes(self._budget - needs.overhead - held):
+        # What a whole frame at once takes is known soon; the least is worth looking for only where it may matter.
+        if held + needs.frame_by_frame > max(self._budget - needs.overhead, *(size for size, _, _ in least)):
             advice = f"add --save_memory, or {smaller}" if needs.on_gpu and not needs.leaves else smaller
             least.append((held + needs.least_decoding, DECODING, advice))
         size, name, advice = max(least)
