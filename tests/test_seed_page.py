@@ -98,8 +98,6 @@ def test_weights_from_an_earlier_stage_and_resuming(folder):
     "module, flags, words",
     [
         ("train", f"{TRAIN} --sp_size 8 --train_sp_batch_size 2", "--sp_size 8: sequence parallelism is not part of"),
-        ("sample", "--preset tiny --text_prompt a --sp", "--sp is not part of this version"),
-        ("sample", "--preset tiny --text_prompt a --caption_refiner llama", "--caption_refiner is not part of"),
     ],
 )
 def test_what_this_version_lacks_ends_in_one_sentence(folder, module, flags, words):

@@ -101,7 +101,7 @@ class Counted:
         import torch.distributed as dist
 
         self.all_to_all = self.all_gather = 0
-        self.honest = dist.all_to_all_single, dist.all_gather_into_tensor
+        self.honest = dist.all_to_all_single, dist.all_gather
         to_all, gather = self.honest
 
         def counting_to_all(out, x, received, sent, group):
@@ -113,13 +113,13 @@ class Counted:
             self.all_gather += x.numel() * x.element_size()
             gather(out, x, group=group)
 
-        dist.all_to_all_single, dist.all_gather_into_tensor = counting_to_all, counting_gather
+        dist.all_to_all_single, dist.all_gather = counting_to_all, counting_gather
         return self
 
     def __exit__(self, *error):
         import torch.distributed as dist
 
-        dist.all_to_all_single, dist.all_gather_into_tensor = self.honest
+        dist.all_to_all_single, dist.all_gather = self.honest
 
 
 def backward_is_refused(dit) -> str:
