@@ -46,6 +46,10 @@ class FirstBlockCache:
         self._rest = result - after_first
         return result
 
+    def release(self) -> None:
+        """Let the tensors go, when the clip is done; the counts stay."""
+        self._first = self._rest = None
+
     def _is_alike(self, part: Tensor) -> bool:
         sums = torch.stack(
             [

@@ -107,7 +107,11 @@ class ClipSampler:
         )
         noise = draw_noise(self._shape, torch_generator("sample", *place)).to(self._device)
         generator = torch_generator("sample steps", *place)
-        return denoise(model, self._scheduler, settings.steps, noise, generator, on_step)
+        try:
+            return denoise(model, self._scheduler, settings.steps, noise, generator, on_step)
+        finally:
+            if self.step_cache is not None:
+                self.step_cache.release()
 
 
 def trimmed(states: Tensor, mask: Tensor) -> Text:
