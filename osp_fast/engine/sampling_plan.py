@@ -86,7 +86,7 @@ class SamplingPlan:
     text_streamed: tuple[int, ...] = ()
     refiner_streamed: tuple[int, ...] = ()
     slots: int = 2
-    vae: Plan = Plan()
+    vae: Plan = field(default_factory=Plan)
     vae_memory: int = 0
     peaks: Mapping[str, int] = field(default_factory=dict)
     budget: int | None = None

@@ -111,7 +111,7 @@ LLAMA = dict(vocab_size=500, hidden_size=64, intermediate_size=160, num_hidden_l
 def show(plan):
     print("\n".join(plan.lines()))
     assert plan.peak == max(plan.peaks.values()) <= plan.budget
-    assert all(0 < plan.peaks[name] for name in ("text encoder", "denoising", "decoding"))
+    assert all(plan.peaks[name] > 0 for name in ("text encoder", "denoising", "decoding"))
     return plan
 
 
