@@ -36,11 +36,10 @@ SAMPLER_LATENTS = 3  # float32, that a sampler holds during a model call: the no
 
 @dataclass(frozen=True)
 class DenoisingBytes:
-    """peak: at most, while clips are denoised; of it text_keys and cached (the step cache's) stay behind a clip."""
+    """peak: at most, while clips are denoised; of it text_keys stay behind a clip."""
 
     peak: int
     text_keys: int
-    cached: int
 
 
 def denoising_bytes(
@@ -72,8 +71,7 @@ def denoising_bytes(
                 predictions = [dit(x, times.at(0, clips), text, **options).float() for text in texts]
                 del x, predictions
             peaks.append(trace.peak - own_keys + keys)
-        cached = sum(x.nbytes for x in (cache.kept if cache else []))
-    return DenoisingBytes(max(peaks), keys, cached)
+    return DenoisingBytes(max(peaks), keys)
 
 
 def text_encoder_bytes(network: nn.Module, tokens: int) -> int:

@@ -175,7 +175,7 @@ class SamplingNeeds:
 
     def kept(self, work: DenoisingBytes) -> int:
         """Bytes that denoising leaves behind while its clip is decoded."""
-        return work.cached + (0 if self.leaves else work.text_keys)
+        return 0 if self.leaves else work.text_keys
 
 
 def _in_8_bits(network: nn.Module) -> bool:
