@@ -1,10 +1,12 @@
 """A small random model in real folders, and command lines that sample it."""
 
+import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from osp_fast import sample
 from osp_fast.models.dit import DiT, DiTConfig
 
 VAE_FOLDER = Path(__file__).parents[1] / "golden/vae"
@@ -70,3 +72,11 @@ def command_line(flags: dict, **changes: object) -> list[str]:
         elif value is not None:
             line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return line
+
+
+def run(flags, **changes):
+    """Sample into a fresh folder; returns it."""
+    folder = Path(changes.get("save_img_path", flags["save_img_path"]))
+    shutil.rmtree(folder, ignore_errors=True)
+    sample.main(command_line(flags, **changes))
+    return folder
