@@ -4,7 +4,6 @@ What a rank has of the weights is counted on the very shards: FSDP2 is applied t
 process group that talks to nobody, as the first of as many ranks as there are to be.
 """
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +16,9 @@ from torch import nn
 
 from osp_fast.config import OptimizerConfig, TrainConfig
 from osp_fast.engine.cost import Sharding
-from osp_fast.errors import UserError
 from osp_fast.models.dit import DIT_CONFIGS, DiT, DiTConfig
 from osp_fast.models.lora import add_lora
-from osp_fast.models.text_encoder import find_folder
+from osp_fast.models.text_encoder import find_folder, text_encoder_on_meta
 from osp_fast.models.wfvae import WFVAE, WFVAE_CONFIGS
 from osp_fast.models.wfvae_plan import Task, make_plan
 from osp_fast.parallel.apply import shard_dit
@@ -189,26 +187,13 @@ def frozen_bytes(config: TrainConfig, largest: Task, memory: int, device: torch.
     )
 
 
-MT5_XXL = dict(
-    model_type="mt5", vocab_size=250112, d_model=4096, d_kv=64, num_heads=64, d_ff=10240, num_layers=24,
-    feed_forward_proj="gated-gelu", relative_attention_num_buckets=32,
-)  # fmt: skip
-
-
 def text_encoder_numbers(name: str | None, cache_dir: str | None) -> int:
-    """How many numbers a T5 or mT5 encoder has, by its config.json; of mT5-XXL without a name. Raises `UserError`."""
-    values = MT5_XXL
+    """How many numbers of a text encoder a GPU holds, by its config.json; of mT5-XXL without a name.
+
+    The vocabulary is not among them: it stays in CPU memory. Raises `UserError`.
+    """
+    folder = None
     if name is not None:
         with naming("--text_encoder_name_1"):
             folder = find_folder(name, cache_dir)
-        path = Path(folder) / "config.json"
-        try:
-            values = MT5_XXL | json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}): copy the folder again") from None
-    width, layers = values["d_model"], values["num_layers"]
-    heads, gated = values["num_heads"], values["feed_forward_proj"].startswith("gated")
-    attention = 4 * width * heads * values["d_kv"]
-    products = attention + (3 if gated else 2) * width * values["d_ff"] + 2 * width
-    biases = heads * values["relative_attention_num_buckets"] * (layers if values["model_type"] == "umt5" else 1)
-    return values["vocab_size"] * width + layers * products + biases + width
+    return sum(weight.numel() for weight in text_encoder_on_meta(folder, torch.float32).parameters())
