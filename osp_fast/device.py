@@ -54,10 +54,9 @@ def memory_allowance(device: torch.device, held: int = 0) -> int:
 
 
 def check_single_process(program: str) -> None:
-    """Raise `UserError` under torchrun with several ranks, which this version does not serve."""
+    """Raise `UserError` under torchrun with several ranks, for a program that works in one."""
     world = os.environ.get("WORLD_SIZE", "1")
     if world != "1":
         raise UserError(
-            f"{program} under torchrun with WORLD_SIZE={world}: several GPUs are not part of this version, "
-            "start it without torchrun"
+            f"{program} under torchrun with WORLD_SIZE={world}: it works in one process, start it without torchrun"
         )

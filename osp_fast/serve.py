@@ -19,7 +19,7 @@ import torch
 from osp_fast.checks import check_sample, with_recipe
 from osp_fast.cli import parse_serve
 from osp_fast.config import SAMPLE_METHODS, SampleConfig, ServeConfig
-from osp_fast.device import rank_device
+from osp_fast.device import check_single_process, rank_device
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.models.weights import write_json
 from osp_fast.pipeline.settings import PROMPT_TEMPLATE
@@ -274,6 +274,7 @@ def free_port(serve: ServeConfig) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until Ctrl-C. Raises `UserError`."""
     config, serve = parse_serve(argv)
+    check_single_process("osp_fast.serve")
     gradio = load_gradio()
     port = free_port(serve)
     studio = Studio(config, rank_device(config.device))

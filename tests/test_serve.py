@@ -19,7 +19,7 @@ from osp_fast.cli import parse_serve
 from osp_fast.config import ServeConfig
 from osp_fast.data.decode import read_image, read_video
 from osp_fast.errors import UserError
-from osp_fast.serve import Cancelled, Page, Studio, free_port, load_gradio
+from osp_fast.serve import Cancelled, Page, Studio, free_port, load_gradio, main
 
 sys.path.insert(0, str(Path(__file__).parent / "sampling"))
 from small import command_line, save_text_encoder, small_dit, small_flags
@@ -129,6 +129,12 @@ def test_a_port_that_is_taken_is_a_sentence():
     assert free_port(ServeConfig(port=0)) > 0
     with pytest.raises(UserError, match=r"--host 203.0.113.1 --port 0 cannot be listened at"):
         free_port(ServeConfig(host="203.0.113.1", port=0))
+
+
+def test_several_processes_are_refused(flags, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="osp_fast.serve under torchrun with WORLD_SIZE=2"):
+        main(command_line(flags))
 
 
 @pytest.fixture(scope="module")
