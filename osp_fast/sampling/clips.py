@@ -68,6 +68,10 @@ class SamplingJob:
         if len(wanted) < len(clips):
             there = len(clips) - len(wanted)
             self._to_all(f"{there} of {len(clips)} clips are there already: skipped (--overwrite makes them again)")
+        others = [clip for clip in wanted if self._output.path(clip).exists()]
+        if others:
+            name, what = self._output.path(others[0]).name, self._output.difference(others[0])
+            self._to_all(f"note: {name} is there, but not what is asked for ({what}): replaced, {len(others)} in all")
         if wanted:
             self._make(wanted)
         if len(clips) > 1 and (self._world.is_first or not self._together):

@@ -81,17 +81,19 @@ class Output:
 
     def is_finished(self, clip: Clip) -> bool:
         """Whether the clip is there, and made with these settings from these models."""
-        path = self.sidecar_path(clip)
-        if not (path.is_file() and self.path(clip).is_file()):
-            return False
+        return self.path(clip).is_file() and self.difference(clip) is None
+
+    def difference(self, clip: Clip) -> str | None:
+        """What tells the clip that is there from the one that is asked for, by its sidecar; None: nothing."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(self.sidecar_path(clip).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return False
+            return "no sidecar"
         expected = json.loads(json.dumps(self.facts(clip)))
-        return isinstance(found, dict) and all(
-            found.get(name) == value for name, value in expected.items() if name not in WITHOUT_EFFECT
-        )
+        for name, value in expected.items():
+            if name not in WITHOUT_EFFECT and (not isinstance(found, dict) or found.get(name) != value):
+                return name
+        return None
 
     def forget(self, clip: Clip) -> None:
         """Let the clip count as not finished."""

@@ -128,12 +128,14 @@ def test_all_are_killed_and_a_restart_completes(flags, one, tmp_path):
     assert len(makers(again)) == 3
 
 
-def test_a_sidecar_of_another_clip_does_not_count(flags, one, tmp_path):
+def test_a_sidecar_of_another_clip_does_not_count(flags, one, tmp_path, capsys):
     out = tmp_path / "out"
     sample.main(command_line(flags, save_img_path=out, text_prompt=["left", *PROMPTS[1:]]))
     there = {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
     sample.main(command_line(flags, save_img_path=out))
     check(out, one)
+    told = f"note: {VIDEOS[0]} is there, but not what is asked for (prompt): replaced, 1 in all"
+    assert told in capsys.readouterr().err
     same = [name for name in VIDEOS if (out / name).stat().st_mtime_ns == there[name]]
     assert same == VIDEOS[1:]
     assert json.loads((out / VIDEOS[0].replace("mp4", "json")).read_text())["prompt"] == PROMPTS[0]
