@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -56,13 +57,18 @@ def makers(ranks: RankProcesses) -> dict[str, int]:
     return {line.rsplit("/", 1)[-1]: rank for rank, line in lines if "wrote " in line and "grid" not in line}
 
 
-def run_and_die_in_clip(line: list[str], deaths: dict[str, int]) -> None:
-    """Rank r kills itself in the first step of clip number deaths[r] of those that it makes."""
+def run_and_die_in_clip(line: list[str], meeting: Path, deaths: dict[str, int]) -> None:
+    """Rank r kills itself in the first step of clip number deaths[r] of those that it makes.
+
+    All wait in the first step of their first clip until all others have one, however busy the machine is.
+    """
     show, begun = ClipMaker._show, []
 
     def show_or_die(self, clip, done, calls):
         if done == 1:
             begun.append(clip)
+            if len(begun) == 1:
+                meet(meeting)
             if len(begun) > deaths.get(os.environ["RANK"], 99):
                 os.kill(os.getpid(), signal.SIGKILL)
         show(self, clip, done, calls)
@@ -71,13 +77,21 @@ def run_and_die_in_clip(line: list[str], deaths: dict[str, int]) -> None:
     sample.main(line)
 
 
+def meet(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / os.environ["RANK"]).touch()
+    while len(list(folder.iterdir())) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.01)
+
+
 def main_with_code(line: list[str]) -> None:
     run_entry_point(lambda: sample.main(line))
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_each_takes_its_share(size, flags, one, tmp_path):
-    ranks = run_ranks(size, tmp_path / "logs", sample.main, command_line(flags, save_img_path=tmp_path / "out"))
+    line = command_line(flags, save_img_path=tmp_path / "out")
+    ranks = run_ranks(size, tmp_path / "logs", run_and_die_in_clip, line, tmp_path / "meeting", {})
     check(tmp_path / "out", one)
     made = makers(ranks)
     assert sorted(made) == VIDEOS and set(made.values()) == set(range(size))
@@ -108,7 +122,7 @@ def test_an_error_of_one_ends_all_in_its_sentence(flags, tmp_path):
 
 def test_one_is_killed_and_the_rest_takes_over(flags, one, tmp_path):
     line = command_line(flags, save_img_path=tmp_path / "out")
-    ranks = RankProcesses(3, tmp_path / "logs", run_and_die_in_clip, (line, {"1": 0}))
+    ranks = RankProcesses(3, tmp_path / "logs", run_and_die_in_clip, (line, tmp_path / "meeting", {"1": 0}))
     assert ranks.codes() == [0, -signal.SIGKILL, 0], ranks.printed()
     check(tmp_path / "out", one)
     assert set(makers(ranks).values()) == {0, 2}
@@ -117,7 +131,7 @@ def test_one_is_killed_and_the_rest_takes_over(flags, one, tmp_path):
 def test_all_are_killed_and_a_restart_completes(flags, one, tmp_path):
     out = tmp_path / "out"
     line = command_line(flags, save_img_path=out)
-    ranks = RankProcesses(2, tmp_path / "logs", run_and_die_in_clip, (line, {"0": 1, "1": 1}))
+    ranks = RankProcesses(2, tmp_path / "logs", run_and_die_in_clip, (line, tmp_path / "meeting", {"0": 1, "1": 1}))
     assert ranks.codes() == [-signal.SIGKILL] * 2, ranks.printed()
     there = {path: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
     assert len(there) == 2 and (out / SHARED_FOLDER).is_dir()
