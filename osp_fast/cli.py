@@ -207,6 +207,15 @@ def memory_size(text: str) -> int | None:
     return int(float(match[1]) * unit ** (" kmgt".index(match[2]) if match[2] else 0))
 
 
+def check_value(group: type, name: str, value: Any) -> Any:
+    """A value for a field of a configuration, checked as its flag's would be. Raises `UserError`."""
+    field = next(field for field in dataclasses.fields(group) if field.name == name)
+    try:
+        return _converter(_plain_type(field.type), field.metadata)(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--{name}: {error}") from None
+
+
 def _converter(kind: type, metadata: Any) -> Callable[[str], Any]:
     """Text -> value of `kind` within the field's bounds or, case-insensitively, among its choices."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from osp_fast.checks import check_sample, with_recipe
-from osp_fast.cli import parse_serve
+from osp_fast.cli import check_value, parse_serve
 from osp_fast.config import SAMPLE_METHODS, SampleConfig, ServeConfig
 from osp_fast.device import check_single_process, rank_device
 from osp_fast.errors import UserError, run_entry_point
@@ -30,6 +30,7 @@ from osp_fast.sampling.models import Models
 
 MOST_SEED = 2**31 - 1
 KEPT = 24 * 3600  # seconds that gradio's copies of what it showed are kept
+CHECKED = {"height", "width", "num_frames", "num_sampling_steps", "seed", "guidance_scale", "sample_method"}
 WAITING = 32  # requests; more are told to come again
 # (share done, words)
 Tell = Callable[[float, str], None]
@@ -71,9 +72,8 @@ class Studio:
         config.text_prompt = [asked["text_prompt"].strip()]
         if not self.models.clean(config.text_prompt[0]):
             raise UserError("the prompt is empty: describe the video in words")
-        for name in ("height", "width", "num_frames", "num_sampling_steps", "seed"):
-            if not isinstance(getattr(config, name), int):
-                raise UserError(f"{name} must be a whole number")
+        for name in CHECKED & asked.keys():
+            setattr(config, name, check_value(SampleConfig, name, asked[name]))
         check_sample(config)
         models = dataclasses.replace(self.models, config=with_recipe(config, self.models.recipe))
         with self._one_at_a_time:
@@ -160,7 +160,7 @@ class Page:
                     height=_whole(height),
                     width=_whole(width),
                     num_sampling_steps=_whole(steps),
-                    guidance_scale=float(scale or 1),
+                    guidance_scale=scale,
                     sample_method=method,
                     seed=_whole(seed),
                 ),

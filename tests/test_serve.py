@@ -81,8 +81,12 @@ def test_a_clip_that_is_cancelled_ends_at_its_next_step(studio):
         (dict(height=20), "--height 20 is not a multiple of 16"),
         (dict(num_frames=6), "--num_frames 6 is not of the form 4n\\+1"),
         (dict(num_sampling_steps=1), "--num_sampling_steps 1 is out of range"),
-        (dict(num_sampling_steps=2.5), "num_sampling_steps must be a whole number"),
-        (dict(seed=None), "seed must be a whole number"),
+        (dict(num_sampling_steps=2.5), "--num_sampling_steps: '2.5' is not a whole number"),
+        (dict(seed=None), "--seed: 'None' is not a whole number"),
+        (dict(seed=-1), "--seed: -1 is out of range: it must be at least 0"),
+        (dict(width=1 << 40), "--width: .* out of range"),
+        (dict(guidance_scale=float("nan")), "--guidance_scale: 'nan' is not a finite number"),
+        (dict(sample_method="best"), "--sample_method: 'best' is unknown"),
     ],
 )
 def test_what_cannot_be_is_a_sentence(studio, asked, words):
