@@ -4,6 +4,8 @@ import dataclasses
 import re
 
 from osp_fast.config import (
+    SP_GRID,
+    SP_MODES,
     DataConfig,
     DiffusionConfig,
     OptimizerConfig,
@@ -53,6 +55,9 @@ def check_train(config: TrainConfig) -> list[str]:
         OptimizerConfig.lr_warmup_steps,
     ):
         notices.append("--lr_warmup_steps has no effect with --lr_scheduler constant: use constant_with_warmup")
+    check_sp_mode(run.sp_mode)
+    if run.sp_mode != RunConfig.sp_mode and run.sp_size == 1:
+        notices.append("--sp_mode has no effect with --sp_size 1")
     if run.train_sp_batch_size != 1 and run.sp_size == 1:
         notices.append("--train_sp_batch_size has no effect with --sp_size 1; --train_batch_size counts")
     if data.cache_variants != 1 and data.latent_cache is None:
@@ -126,7 +131,10 @@ def check_sample(config: SampleConfig) -> list[str]:
     for flag, size in (("--height", config.height), ("--width", config.width)):
         if size is not None:  # what the checkpoint was trained on may ask for more: see `with_recipe`
             check_multiple(flag, size, PIXEL_STEP)
+    check_sp_mode(config.sp_mode)
     notices = []
+    if config.sp_mode != SampleConfig.sp_mode and not config.sp:
+        notices.append("--sp_mode has no effect without --sp")
     flow = config.sample_method == "FlowMatchEulerDiscrete"
     if flow and (config.prediction_type or config.rescale_betas_zero_snr):
         notices.append("--prediction_type and --rescale_betas_zero_snr have no effect with FlowMatchEulerDiscrete")
@@ -162,6 +170,12 @@ def with_recipe(config: SampleConfig, recipe: Recipe | None) -> SampleConfig:
     check_multiple("--height", config.height, step, "the checkpoint's stride")
     check_multiple("--width", config.width, step, "the checkpoint's stride")
     return config
+
+
+def check_sp_mode(mode: str) -> None:
+    """Raise `UserError` for a word that `--sp_mode` does not know; whether it goes with the GPUs is found out later."""
+    if mode not in SP_MODES and not re.fullmatch(SP_GRID, mode):
+        raise UserError(f"--sp_mode {mode!r} is unknown: use {', '.join(SP_MODES)}, or groups x GPUs such as 4x2")
 
 
 def check_frames(flag: str, frames: int) -> None:

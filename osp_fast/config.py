@@ -37,6 +37,12 @@ ACTIVATION_MEMORY_HELP = (
     "memory that forward and backward may take beside weights and gradients: bytes, or like 20GiB; what does not fit is"
     " recomputed, first what is cheap to recompute. auto: what is free on a GPU; on a CPU everything is kept"
 )
+SP_MODES = ("auto", "ulysses", "scope")
+SP_GRID = r"([1-9]\d*)x([1-9]\d*)"
+SP_MODE_HELP = (
+    "how GPUs that share a clip divide attention; ulysses: by heads; scope: by skip sets, which sends less; 4x2: by skip"
+    " sets among 4 groups of 2 GPUs, which divide the heads; auto: the fastest by prediction"
+)
 ATTENTION_NAMES = ("auto", "triton", "sdpa", "flash", "reference")
 ATTENTION_HELP = (
     "what computes the DiT's attention; auto: the Triton kernel on a GPU, the reference elsewhere; sdpa: PyTorch's"
@@ -210,6 +216,7 @@ class RunConfig:
         None, "print memory and predicted step time on these numbers of GPUs, and exit", many=True, at_least=1
     )
     sp_size: int = flag(1, "GPUs that share one clip", at_least=1)
+    sp_mode: str = flag(SP_MODES[0], SP_MODE_HELP)
     train_sp_batch_size: int = flag(1, "clips per micro-batch and sequence-parallel group", at_least=1)
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
 
@@ -288,6 +295,7 @@ class SampleConfig:
     refiner_temperature: float = flag(0.0, "of the refiner's choice of words; 0 takes the likeliest", at_least=0)
     overwrite: bool = flag(False, "sample clips again that are there already; without it they are skipped")
     sp: bool = flag(False, "under torchrun: all GPUs work on one clip, instead of each on its own")
+    sp_mode: str = flag(SP_MODES[0], SP_MODE_HELP)
     start_timeout: float = flag(600, "seconds in which all ranks of --sp must be there and answer", above=0)
     dry_run: bool = flag(False, "print the plan of memory and the predicted seconds, and exit; reads no weights")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")

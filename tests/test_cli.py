@@ -112,6 +112,8 @@ def test_choices_ignore_case():
         ([*MINIMAL, "--num_frame", "93"], "did you mean --num_frames"),
         ([*MINIMAL, "stray"], "stray is not a flag"),
         ([*MINIMAL, "--seed"], "expected one argument"),
+        ([*MINIMAL, "--sp_mode", "ring"], "--sp_mode 'ring' is unknown: use auto, ulysses, scope, or groups x GPUs"),
+        ([*MINIMAL, "--sp_mode", "4x0"], "such as 4x2"),
         (["--data", "x", "--max_height", "480"], "give both or neither"),
         (["--data", "x", "--min_hxw", "480"], "no size is given"),
         (["--data", "x", "--max_height", "480", "--max_width", "640", "--min_hxw", "9"], "--min_hxw needs --max_hxw"),
@@ -142,6 +144,7 @@ def test_impossible_training_values(flags, words):
         ([*SAMPLE_FLAGS, "--height", "360"], "--height 360 is not a multiple of 16"),
         ([*SAMPLE_FLAGS, "--max_sequence_length", "100000000000"], "at most 8192"),
         (["--preset", "tiny", "--text_prompt", "a", "--sample_method", "Magic"], "choose from DDIM"),
+        (["--preset", "tiny", "--text_prompt", "a", "--sp", "--sp_mode", "4*2"], "--sp_mode '4*2' is unknown"),
         (["--preset", "huge"], "'huge'"),
     ],
 )
@@ -177,7 +180,9 @@ def test_flags_without_effect_are_named(capsys):
     )
     parse_train(["--data", "data.txt", *ignored.split()])
     printed = capsys.readouterr().err
-    for flag in ("min_height", "min_width", "offload_ema", "weighting_scheme", "lr_warmup_steps"):
+    parse_sample(["--preset", "tiny", "--text_prompt", "a", "--sp_mode", "4x2"])
+    printed += capsys.readouterr().err
+    for flag in ("min_height", "min_width", "offload_ema", "weighting_scheme", "lr_warmup_steps", "sp_mode"):
         assert f"note: --{flag} has no effect" in printed
 
 
