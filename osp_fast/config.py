@@ -40,8 +40,8 @@ ACTIVATION_MEMORY_HELP = (
 SP_MODES = ("auto", "ulysses", "scope")
 SP_GRID = r"([1-9]\d*)x([1-9]\d*)"
 SP_MODE_HELP = (
-    "how GPUs that share a clip divide attention; ulysses: by heads; scope: by skip sets, which sends less; 4x2: by skip"
-    " sets among 4 groups of 2 GPUs, which divide the heads; auto: the fastest by prediction"
+    "how GPUs that share a clip divide attention; ulysses: by heads; scope: by skip sets, which sends less; 4x2: by"
+    " skip sets among 4 groups of 2 GPUs, which divide the heads; auto: the fastest by prediction"
 )
 ATTENTION_NAMES = ("auto", "triton", "sdpa", "flash", "reference")
 ATTENTION_HELP = (

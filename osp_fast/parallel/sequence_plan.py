@@ -68,5 +68,6 @@ def plan_of_mode(mode: str, ranks: int, sparse_n: int) -> SequencePlan | None:
                 return plan
     possible = ", ".join(f"{plan.scope}x{plan.heads}" for plan in plans)
     raise UserError(
-        f"--sp_mode {mode} does not go with {ranks} GPUs that share tokens and {sparse_n} skip sets: use auto or {possible}"
+        f"--sp_mode {mode} does not go with {ranks} GPUs that share tokens and {sparse_n} skip sets: use auto or"
+        f" {possible}"
     )
