@@ -30,6 +30,8 @@ from osp_fast.sampling.models import Models
 
 MOST_SEED = 2**31 - 1
 KEPT = 24 * 3600  # seconds that gradio's copies of what it showed are kept
+LAST_CLIP_S = 60.0  # that the end waits for a step, or for the decoding of a clip
+FACTS_HEIGHT = 96  # pixels, so that there is room for progress before there is a clip
 CHECKED = {"height", "width", "num_frames", "num_sampling_steps", "seed", "guidance_scale", "sample_method"}
 WAITING = 32  # requests; more are told to come again
 # (share done, words)
@@ -57,6 +59,7 @@ class Studio:
         self._pipeline = self.models.pipeline(report, keep=True)
         self._report = report
         self._one_at_a_time = threading.Lock()
+        self._closed = threading.Event()
 
     @property
     def config(self) -> SampleConfig:
@@ -78,13 +81,21 @@ class Studio:
         models = dataclasses.replace(self.models, config=with_recipe(config, self.models.recipe))
         with self._one_at_a_time:
             try:
-                return self._make(models, tell, is_cancelled)
+                return self._make(models, tell, lambda: is_cancelled() or self._closed.is_set())
             except torch.OutOfMemoryError as error:
                 torch.cuda.empty_cache()
                 size = f"{config.num_frames}x{config.height}x{config.width}"
                 raise UserError(f"{size} does not fit into memory: ask for a smaller clip") from error
 
+    def close(self) -> None:
+        """Let the clip on its way end at its next step: a process that ends in the middle of one would crash."""
+        self._closed.set()
+        if self._one_at_a_time.acquire(timeout=LAST_CLIP_S):
+            self._one_at_a_time.release()
+
     def _make(self, models: Models, tell: Tell, is_cancelled: Callable[[], bool]) -> Made:
+        if is_cancelled():
+            raise Cancelled
         config, settings = models.config, models.clip_settings()
         prompt, refined = config.text_prompt[0], None
         started = time.monotonic()
@@ -221,7 +232,7 @@ class Page:
                 with gr.Column():
                     video = gr.Video(label="Video", autoplay=True, loop=True, interactive=False)
                     image = gr.Image(label="Image", visible=False, interactive=False, type="filepath")
-                    facts = gr.Markdown(elem_id="facts")
+                    facts = gr.Markdown(elem_id="facts", min_height=FACTS_HEIGHT)
             inputs = [prompt, negative, frames, height, width, steps, scale, method, seed]
             go.click(generate, inputs, [video, image, facts], concurrency_limit=1, show_progress_on=facts)
             stop.click(cancel, None, None, queue=False, api_visibility="private")
@@ -295,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         threading.Event().wait()
     finally:
+        studio.close()
         page.close()
 
 

@@ -165,6 +165,19 @@ def test_the_server_gives_files_of_its_folder_only(server, flags):
         urllib.request.urlopen(f"{address}/gradio_api/file={secret}", timeout=10)
 
 
+# Of an element, what the boxes around it do not cut off.
+HEIGHT_SHOWN = """element => {
+    let {top, bottom} = element.getBoundingClientRect();
+    for (let box = element.parentElement; box !== null; box = box.parentElement) {
+        if (getComputedStyle(box).overflowY === 'visible') continue;
+        const around = box.getBoundingClientRect();
+        top = Math.max(top, around.top);
+        bottom = Math.min(bottom, around.bottom);
+    }
+    return bottom - top;
+}"""
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium was found: the page is not tested in a browser")
 def test_the_page_in_a_browser(server, tmp_path):
     from playwright.sync_api import sync_playwright
@@ -183,7 +196,10 @@ def test_the_page_in_a_browser(server, tmp_path):
         # A long one, to be cancelled while it tells how far it is.
         page.get_by_label("Steps").fill("500")
         generate.click()
-        page.get_by_text(re.compile(r"step \d+ of 500, 0:0\d:\d\d left")).first.wait_for(timeout=20000)
+        progress = page.get_by_text(re.compile(r"step \d+ of 500, 0:0\d:\d\d left")).first
+        progress.wait_for(timeout=20000)
+        assert progress.evaluate(HEIGHT_SHOWN) > 10  # on a page that has no clip yet
+        page.screenshot(path=tmp_path / "progress.png")
         page.get_by_role("button", name="Cancel").click()
         page.get_by_text("cancelled").first.wait_for(timeout=20000)
 
@@ -214,6 +230,11 @@ def test_the_page_in_a_browser(server, tmp_path):
         other.get_by_role("button", name="Generate").wait_for(timeout=30000)
         assert other.locator("video").count() == 0 and "steps of" not in other.locator("body").inner_text()
         page.screenshot(path=tmp_path / "page.png")
+
+        page.get_by_label("Height").fill("16")  # the server is interrupted in the middle of this one
+        page.get_by_label("Steps").fill("500")
+        generate.click()
+        progress.wait_for(timeout=20000)
         browser.close()
     elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
     assert not elsewhere and not failed
