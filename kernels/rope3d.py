@@ -11,7 +11,7 @@ Billion Parameters" (Dehghani et al., 2023), with RMS for LN.
 qkv is the projection's output (B, N, 3, H, D), in any strides with contiguous channels; bfloat16, float16 or float32,
 computed in float32. q, k, v come back as (B, N, H, D), v as a view. The angles are a table of T + H + W lines for the
 whole clip, 13 KB for 24 x 40 x 40 tokens, which stays in the first-level cache; positions are global: N tokens from
-`Rope3D.start` on, as a shard has them.
+`Rope3D.start` on, as a shard has them, or wherever `Rope3D.positions` says, 4 bytes more for each token.
 
 Bytes in 16 bits: forward 8 B N H D (q and k, one read, one write), in place or not; backward 12 B N H D (three
 gradients read, one tensor of three written, so that nothing is stacked afterwards), with norm 16 (q and k again).
@@ -34,11 +34,14 @@ class Rope3D(NamedTuple):
 
     axes: (2, T + H + W, D/6) float32, cos and sin, of `rope3d_axes`; size: (T, H, W) of the whole clip, in tokens
     start: where in the clip the first token given to the operation is
+    positions: (N,) int32, where in the clip each of these tokens is, in any order, with a start of 0; None: they are
+        consecutive. Nothing checks that they are 0 .. T H W - 1; on a GPU another one reads outside of the table.
     """
 
     axes: Tensor
     size: tuple[int, int, int]
     start: int = 0
+    positions: Tensor | None = None
 
 
 def make_rope3d(
@@ -116,7 +119,7 @@ def rope3d_triton(
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (qkv, *_given(q_weight, k_weight)))
     kept = differentiated and (q_weight is not None or _is_of_leaf(qkv))
     inplace = inplace and not kept and _can_be_overwritten(qkv)
-    arguments = (rope.axes, rope.size, rope.start, q_weight, k_weight, eps)
+    arguments = (*rope, q_weight, k_weight, eps)
     if differentiated:
         return _Rope3D.apply(qkv, *arguments, inplace)
     return (*_rotated(q, k, *arguments, inplace), v)
@@ -142,7 +145,7 @@ def rope3d_qk(
     check_triton("rope3d", q, k, *_given(q_weight, k_weight))
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, *_given(q_weight, k_weight)))
     inplace = inplace and not differentiated and _can_be_overwritten(q) and _can_be_overwritten(k)
-    return _rotated(q, k, rope.axes, rope.size, rope.start, q_weight, k_weight, eps, inplace)
+    return _rotated(q, k, *rope, q_weight, k_weight, eps, inplace)
 
 
 def rope3d_ref(
@@ -178,9 +181,12 @@ def rotate_ref(x: Tensor, rope: Rope3D) -> Tensor:
 
 
 def token_angles(rope: Rope3D, tokens: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of `tokens` tokens from `rope.start` on, (N, 1, 3, D/6) each: one line for all heads."""
+    """cos and sin of `tokens` tokens of the rope, (N, 1, 3, D/6) each: one line for all heads."""
     frames, height, width = rope.size
-    place = torch.arange(rope.start, rope.start + tokens, device=rope.axes.device)
+    if rope.positions is None:
+        place = torch.arange(rope.start, rope.start + tokens, device=rope.axes.device)
+    else:
+        place = rope.positions.long()
     frame, row, column = place // (height * width), place // width % height, place % width
     lines = torch.stack((frame, frames + row, frames + height + column), dim=1)
     cos, sin = rope.axes[:, lines].unsqueeze(2)
@@ -207,8 +213,8 @@ def check_arguments(
 
 
 def check_rope(rope: Rope3D, tokens: int, head_dim: int, device: torch.device) -> None:
-    """Raises ValueError if `rope` is not of such a head, on this device, or ends before `tokens` tokens do."""
-    axes, (frames, height, width), start = rope
+    """Raises ValueError if `rope` is not of such a head, on this device, or not of `tokens` tokens of its clip."""
+    axes, (frames, height, width), start, positions = rope
     if axes.shape != (2, frames + height + width, head_dim // 6) or head_dim % 6 or axes.dtype != torch.float32:
         raise ValueError(
             f"the rope's axes {tuple(axes.shape)} {axes.dtype} must be float32, (2, T + H + W, D/6) of a clip of "
@@ -216,7 +222,17 @@ def check_rope(rope: Rope3D, tokens: int, head_dim: int, device: torch.device) -
         )
     if axes.device != device:
         raise ValueError(f"the rope's axes must be on {device}, where q and k are, not on {axes.device}")
-    if start < 0 or start + tokens > frames * height * width:
+    if positions is not None:
+        if start != 0:
+            raise ValueError(f"a rope with positions has no start of its own: it must be 0, not {start}")
+        if positions.shape != (tokens,) or positions.dtype != torch.int32 or not positions.is_contiguous():
+            raise ValueError(
+                f"the rope's positions {tuple(positions.shape)} {positions.dtype} must be contiguous int32, one for "
+                f"each of {tokens} tokens"
+            )
+        if positions.device != device:
+            raise ValueError(f"the rope's positions must be on {device}, where q and k are, not on {positions.device}")
+    elif start < 0 or start + tokens > frames * height * width:
         raise ValueError(f"{tokens} tokens from {start} on are not all in a clip of {tuple(rope.size)} tokens")
 
 
@@ -267,15 +283,16 @@ def _in_place(
     axes: Tensor,
     size: list[int],
     start: int,
+    positions: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
 ) -> None:
-    rope3d_forward(q, k, q, k, axes, size, start, q_weight, k_weight, eps)
+    rope3d_forward(q, k, q, k, axes, size, start, positions, q_weight, k_weight, eps)
 
 
 @_in_place.register_fake
-def _(q, k, axes, size, start, q_weight, k_weight, eps):
+def _(q, k, axes, size, start, positions, q_weight, k_weight, eps):
     return None
 
 
@@ -286,18 +303,19 @@ def _forward(
     axes: Tensor,
     size: list[int],
     start: int,
+    positions: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     q, k = with_contiguous_channels(q), with_contiguous_channels(k)
     q_out, k_out = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
-    rope3d_forward(q, k, q_out, k_out, axes, size, start, q_weight, k_weight, eps)
+    rope3d_forward(q, k, q_out, k_out, axes, size, start, positions, q_weight, k_weight, eps)
     return q_out, k_out
 
 
 @_forward.register_fake
-def _(q, k, axes, size, start, q_weight, k_weight, eps):
+def _(q, k, axes, size, start, positions, q_weight, k_weight, eps):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
@@ -309,6 +327,7 @@ def _backward(
     axes: Tensor,
     size: list[int],
     start: int,
+    positions: Tensor | None,
     q: Tensor | None,
     k: Tensor | None,
     q_weight: Tensor | None,
@@ -316,28 +335,28 @@ def _backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """(B, N, 3 or 2, H, D) and (2, D) float32, or (0, D) without norm: see `rope3d_backward`."""
-    return rope3d_backward(q_grad, k_grad, v_grad, axes, size, start, q, k, q_weight, k_weight, eps)
+    return rope3d_backward(q_grad, k_grad, v_grad, axes, size, start, positions, q, k, q_weight, k_weight, eps)
 
 
 @_backward.register_fake
-def _(q_grad, k_grad, v_grad, axes, size, start, q, k, q_weight, k_weight, eps):
+def _(q_grad, k_grad, v_grad, axes, size, start, positions, q, k, q_weight, k_weight, eps):
     batch, tokens, heads, head_dim = q_grad.shape
     grad = q_grad.new_empty((batch, tokens, 2 if v_grad is None else 3, heads, head_dim))
     return grad, grad.new_empty((0 if q_weight is None else 2, head_dim), dtype=torch.float32)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    q, k, axes, *ctx.place, q_weight, k_weight, ctx.eps = inputs
+    q, k, axes, *ctx.place, positions, q_weight, k_weight, ctx.eps = inputs
     normed = (None, None) if q_weight is None else (q, k)
-    ctx.save_for_backward(axes, *normed, q_weight, k_weight)
+    ctx.save_for_backward(axes, positions, *normed, q_weight, k_weight)
 
 
 def _gradients(ctx, q_grad, k_grad):
-    axes, q, k, q_weight, k_weight = ctx.saved_tensors
+    axes, positions, q, k, q_weight, k_weight = ctx.saved_tensors
     grad, weight_grads = torch.ops.osp_fast.rope3d_backward(
-        q_grad, k_grad, None, axes, *ctx.place, q, k, q_weight, k_weight, ctx.eps
+        q_grad, k_grad, None, axes, *ctx.place, positions, q, k, q_weight, k_weight, ctx.eps
     )
-    return (*grad.unbind(2), None, None, None, *weight_gradients(weight_grads, q_weight, k_weight), None)
+    return (*grad.unbind(2), *(None,) * 4, *weight_gradients(weight_grads, q_weight, k_weight), None)
 
 
 _forward.register_autograd(_gradients, setup_context=_save_for_backward)
@@ -352,20 +371,20 @@ class _Rope3D(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv, axes, size, start, q_weight, k_weight, eps, inplace):
+    def forward(ctx, qkv, axes, size, start, positions, q_weight, k_weight, eps, inplace):
         q, k, v = qkv.unbind(2)
-        ctx.save_for_backward(axes, None if q_weight is None else qkv, q_weight, k_weight)
+        ctx.save_for_backward(axes, positions, None if q_weight is None else qkv, q_weight, k_weight)
         ctx.place, ctx.eps = (size, start), eps
-        return (*_rotated(q, k, axes, size, start, q_weight, k_weight, eps, inplace), v)
+        return (*_rotated(q, k, axes, size, start, positions, q_weight, k_weight, eps, inplace), v)
 
     @staticmethod
     def backward(ctx, q_grad, k_grad, v_grad):
-        axes, qkv, q_weight, k_weight = ctx.saved_tensors
+        axes, positions, qkv, q_weight, k_weight = ctx.saved_tensors
         q, k = (None, None) if qkv is None else qkv.unbind(2)[:2]
         grad, weight_grads = torch.ops.osp_fast.rope3d_backward(
-            q_grad, k_grad, v_grad, axes, *ctx.place, q, k, q_weight, k_weight, ctx.eps
+            q_grad, k_grad, v_grad, axes, *ctx.place, positions, q, k, q_weight, k_weight, ctx.eps
         )
-        return grad, None, None, None, *weight_gradients(weight_grads, q_weight, k_weight), None, None
+        return grad, *(None,) * 4, *weight_gradients(weight_grads, q_weight, k_weight), None, None
 
 
 def weight_gradients(both: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -56,6 +56,15 @@ def load_weights(weight, channel, is_pair, HALF: tl.constexpr):
 
 
 @triton.jit
+def clip_places(positions, start, token, is_row, POSITIONS: tl.constexpr):
+    """Where in the whole clip each row's token is, (ROWS,): at positions[token], or `start` further on."""
+    place = start + token
+    if POSITIONS:
+        place = tl.load(positions + token, mask=is_row, other=0)
+    return place
+
+
+@triton.jit
 def rope_angles(axes, token, pair, inside, frames, height, width, HALF: tl.constexpr):
     """cos and sin (ROWS, PAIRS) at `token`, its place in the whole clip, from a table of `rope3d_axes`."""
     frame = token // (height * width)
@@ -131,12 +140,13 @@ def store_weight_terms(
 
 @triton.jit(do_not_specialize=["tokens", "start", "frames", "height", "width"])
 def rope3d_fwd_kernel(
-    q, k, q_out, k_out, axes, q_weight, k_weight,
+    q, k, q_out, k_out, axes, positions, q_weight, k_weight,
     q_stride_batch, q_stride_token, q_stride_head, k_stride_batch, k_stride_token, k_stride_head,
     q_out_stride_batch, q_out_stride_token, q_out_stride_head,
     k_out_stride_batch, k_out_stride_token, k_out_stride_head,
     tokens, start, frames, height, width, eps,
-    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
+    POSITIONS: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """q_out, k_out = rotated q, k; the outputs may be the inputs. Grid: blocks of rows, batch."""
     batch = tl.program_id(1)
@@ -150,7 +160,8 @@ def rope3d_fwd_kernel(
     k_first, k_second = load_pair(
         k, strided(batch, token, head, channel, k_stride_batch, k_stride_token, k_stride_head), inside, HALF
     )
-    cos, sin = rope_angles(axes, start + token, pair, inside, frames, height, width, HALF)
+    place = clip_places(positions, start, token, is_row, POSITIONS)
+    cos, sin = rope_angles(axes, place, pair, inside, frames, height, width, HALF)
     if NORM:
         q_weights = load_weights(q_weight, channel, is_pair, HALF)
         k_weights = load_weights(k_weight, channel, is_pair, HALF)
@@ -167,7 +178,7 @@ def rope3d_fwd_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "start", "frames", "height", "width", "blocks"])
 def rope3d_bwd_kernel(
-    q_grad, k_grad, v_grad, q_out, k_out, v_out, axes, q, k, q_weight, k_weight, weight_sums,
+    q_grad, k_grad, v_grad, q_out, k_out, v_out, axes, positions, q, k, q_weight, k_weight, weight_sums,
     q_grad_stride_batch, q_grad_stride_token, q_grad_stride_head,
     k_grad_stride_batch, k_grad_stride_token, k_grad_stride_head,
     v_grad_stride_batch, v_grad_stride_token, v_grad_stride_head,
@@ -175,7 +186,7 @@ def rope3d_bwd_kernel(
     q_stride_batch, q_stride_token, q_stride_head, k_stride_batch, k_stride_token, k_stride_head,
     tokens, start, frames, height, width, blocks, eps,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
-    NORM: tl.constexpr, HAS_V: tl.constexpr, ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr, NORM: tl.constexpr, HAS_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q and k before norm and rotation, and v's own, side by side. Grid: programs, batch.
 
@@ -220,7 +231,8 @@ def rope3d_bwd_kernel(
             k_x_first, k_x_second = load_pair(
                 k, strided(batch, token, head, channel, k_stride_batch, k_stride_token, k_stride_head), inside, HALF
             )
-        cos, sin = rope_angles(axes, start + token, pair, inside, frames, height, width, HALF)
+        place = clip_places(positions, start, token, is_row, POSITIONS)
+        cos, sin = rope_angles(axes, place, pair, inside, frames, height, width, HALF)
         q_first, q_second = rotate_back(q_first, q_second, cos, sin, True)
         k_first, k_second = rotate_back(k_first, k_second, cos, sin, True)
         if NORM:

@@ -49,6 +49,7 @@ def rope3d_forward(
     axes: Tensor,
     size: Size,
     start: int,
+    positions: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
@@ -61,10 +62,11 @@ def rope3d_forward(
     config = tuning.pick(KERNELS[0], candidates(KERNELS[0], architecture(q.device), q.dtype, head_dim, norm))
     with current(q.device):
         rope3d_fwd_kernel[(triton.cdiv(tokens * heads, config.rows), batch)](
-            q, k, q_out, k_out, axes, q_weight, k_weight,
+            q, k, q_out, k_out, axes, positions, q_weight, k_weight,
             *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
             tokens, start, *size, eps,
-            H=heads, **tile_constants(head_dim), NORM=norm, ROWS=config.rows, num_warps=config.num_warps,
+            H=heads, **tile_constants(head_dim), POSITIONS=positions is not None, NORM=norm,
+            ROWS=config.rows, num_warps=config.num_warps,
         )  # fmt: skip
 
 
@@ -75,6 +77,7 @@ def rope3d_backward(
     axes: Tensor,
     size: Size,
     start: int,
+    positions: Tensor | None,
     q: Tensor | None,
     k: Tensor | None,
     q_weight: Tensor | None,
@@ -101,12 +104,12 @@ def rope3d_backward(
     with current(grad.device):
         rope3d_bwd_kernel[(programs, batch)](
             q_grad, k_grad, v_grad, *grad.unbind(2), *((None,) if v_grad is None else ()),
-            axes, q, k, q_weight, k_weight, sums,
+            axes, positions, q, k, q_weight, k_weight, sums,
             *q_grad.stride()[:3], *k_grad.stride()[:3], *(no_strides if v_grad is None else v_grad.stride()[:3]),
             grad.stride(0), grad.stride(1), head_dim,
             *(q.stride()[:3] if norm else no_strides), *(k.stride()[:3] if norm else no_strides),
             tokens, start, *size, blocks, eps,
-            H=heads, **tile_constants(head_dim), NORM=norm, HAS_V=v_grad is not None,
+            H=heads, **tile_constants(head_dim), POSITIONS=positions is not None, NORM=norm, HAS_V=v_grad is not None,
             ROWS=config.rows, num_warps=config.num_warps,
         )  # fmt: skip
     return grad, sums.sum(0) if norm else grad.new_empty((0, head_dim), dtype=torch.float32)

@@ -108,6 +108,8 @@ def row_kernel_build(
             signature[argument] = "i32"
         elif argument == "eps":
             signature[argument] = "fp32"
+        elif argument == "positions":
+            signature[argument] = "*i32"
         else:
             signature[argument] = "*fp32" if argument in FLOAT32_POINTERS else f"*{TRITON_TYPE[dtype]}"
     return KernelBuild(
@@ -164,14 +166,14 @@ def tuning_candidates(inputs: dict[str, Any], arch: int):
 
 def tuning_call(inputs: dict[str, Any], kernel: str):
     """A call that launches one of the kernels in the thread that makes it."""
-    qkv, (axes, size, start) = inputs["qkv"].detach(), inputs["rope"]
+    qkv, rope = inputs["qkv"].detach(), inputs["rope"]
     q, k, v = qkv.unbind(2)
     weights = [inputs[name].detach() if name in inputs else None for name in ("q_weight", "k_weight")]
     if kernel == "rope3d forward":
-        return functools.partial(torch.ops.osp_fast.rope3d, q, k, axes, size, start, *weights, 1e-6)
+        return functools.partial(torch.ops.osp_fast.rope3d, q, k, *rope, *weights, 1e-6)
     normed = (q, k) if weights[0] is not None else (None, None)
     grads = (torch.randn_like(q), torch.randn_like(k), torch.randn_like(v))
-    return functools.partial(torch.ops.osp_fast.rope3d_backward, *grads, axes, size, start, *normed, *weights, 1e-6)
+    return functools.partial(torch.ops.osp_fast.rope3d_backward, *grads, *rope, *normed, *weights, 1e-6)
 
 
 SPEC = OpSpec(

@@ -1,12 +1,14 @@
 """Triton kernels between a rank's tokens with all heads, (B, n, H, D), and the pieces that it exchanges.
 
 A piece holds n tokens of a rank's heads as (n, B, PARTS, heads, D), PARTS being q, k, v or one tensor; the pieces of
-ranks 0 .. RANKS - 1 follow each other. Tiles are those of `rope3d_kernels`.
+ranks 0 .. RANKS - 1 follow each other. With SETS > 1 a piece is (n / SETS, B, PARTS, units, D): see `as_units`. Tiles
+are those of `rope3d_kernels`.
 """
 
 import triton
 import triton.language as tl
 from osp_fast.kernels.rope3d_kernels import (
+    clip_places,
     first_channels,
     load_pair,
     load_weights,
@@ -22,33 +24,45 @@ from osp_fast.kernels.rope3d_kernels import (
 
 
 @triton.jit
+def as_units(token, head, H: tl.constexpr, SETS: tl.constexpr, RUN: tl.constexpr):
+    """The place in its set and the unit, set * H + head, of each row; tokens are in SETS sets by runs of RUN."""
+    if SETS > 1:
+        head += token // RUN % SETS * H
+        token = token // (RUN * SETS) * RUN + token % RUN
+    return token, head
+
+
+@triton.jit
 def piece_rows(
-    batch, token, head, batches, tokens, H: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr
-):
+    batch, token, head, batches, tokens,
+    H: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, SETS: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
     """Where each row of the first part starts in the buffer, and how far the next part is from it, (ROWS,) each.
 
-    The first H mod RANKS ranks hold one head more than the others.
+    The first (SETS * H) mod RANKS ranks hold one unit more than the others. With one set a unit is a head.
     """
-    fewer: tl.constexpr = H // RANKS
-    ranks_with_more: tl.constexpr = H % RANKS
+    token, head = as_units(token, head, H, SETS, RUN)
+    fewer: tl.constexpr = SETS * H // RANKS
+    ranks_with_more: tl.constexpr = SETS * H % RANKS
     heads_of_these: tl.constexpr = ranks_with_more * (fewer + 1)
     divisor: tl.constexpr = fewer if fewer > 0 else 1
     rank = tl.where(head < heads_of_these, head // (fewer + 1), ranks_with_more + (head - heads_of_these) // divisor)
     heads = tl.where(rank < ranks_with_more, fewer + 1, fewer)
     first = rank * fewer + tl.minimum(rank, ranks_with_more)
     line = token.to(tl.int64) * batches + batch
-    before = first.to(tl.int64) * (tokens * batches * PARTS)  # rows of the pieces in front
+    before = first.to(tl.int64) * (tokens // SETS * batches * PARTS)  # rows of the pieces in front
     return (before + line * (PARTS * heads) + (head - first)) * D, heads * D
 
 
 @triton.jit(do_not_specialize=["batches", "tokens", "start", "frames", "height", "width"])
 def sequence_pack_kernel(
-    q, k, v, buffer, axes, q_weight, k_weight,
+    q, k, v, buffer, axes, positions, q_weight, k_weight,
     q_stride_batch, q_stride_token, q_stride_head, k_stride_batch, k_stride_token, k_stride_head,
     v_stride_batch, v_stride_token, v_stride_head,
     batches, tokens, start, frames, height, width, eps,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, RANKS: tl.constexpr,
-    QK: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
+    SETS: tl.constexpr, RUN: tl.constexpr, QK: tl.constexpr, ROPE: tl.constexpr, POSITIONS: tl.constexpr,
+    NORM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """buffer = pieces of q, k, v, with norm and rotation of q and k; of v alone without QK. Grid: blocks, batch."""
     PARTS: tl.constexpr = 3 if QK else 1
@@ -64,11 +78,12 @@ def sequence_pack_kernel(
         k_first, k_second = load_pair(k, k_offsets, inside, HALF)
     v_offsets = strided(batch, token, head, channel, v_stride_batch, v_stride_token, v_stride_head)
     v_first, v_second = load_pair(v, v_offsets, inside, HALF)
-    row, part = piece_rows(batch, token, head, batches, tokens, H, D, PARTS, RANKS)
+    row, part = piece_rows(batch, token, head, batches, tokens, H, D, PARTS, RANKS, SETS, RUN)
     place = row[:, None] + channel[None, :]
     if QK:
         if ROPE:
-            cos, sin = rope_angles(axes, start + token, pair, inside, frames, height, width, HALF)
+            in_clip = clip_places(positions, start, token, is_row, POSITIONS)
+            cos, sin = rope_angles(axes, in_clip, pair, inside, frames, height, width, HALF)
         else:
             cos, sin = 1.0, 0.0
         if NORM:
@@ -93,12 +108,13 @@ def sequence_pack_kernel(
 
 @triton.jit(do_not_specialize=["batches", "tokens", "start", "frames", "height", "width", "blocks"])
 def sequence_unpack_kernel(
-    buffer, q_out, k_out, v_out, axes, q, k, q_weight, k_weight, weight_sums,
+    buffer, q_out, k_out, v_out, axes, positions, q, k, q_weight, k_weight, weight_sums,
     out_stride_batch, out_stride_token, out_stride_head,
     q_stride_batch, q_stride_token, q_stride_head, k_stride_batch, k_stride_token, k_stride_head,
     batches, tokens, start, frames, height, width, blocks, eps,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, RANKS: tl.constexpr,
-    QK: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
+    SETS: tl.constexpr, RUN: tl.constexpr, QK: tl.constexpr, ROPE: tl.constexpr, POSITIONS: tl.constexpr,
+    NORM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """From pieces back: v_out, and with QK the gradients q_out, k_out before rotation and norm. Grid: programs, batch.
 
@@ -119,7 +135,7 @@ def sequence_unpack_kernel(
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         token, head, is_row = tile_rows(block, tokens * H, H, ROWS)
         inside = is_row[:, None] & is_pair[None, :]
-        row, part = piece_rows(batch, token, head, batches, tokens, H, D, PARTS, RANKS)
+        row, part = piece_rows(batch, token, head, batches, tokens, H, D, PARTS, RANKS, SETS, RUN)
         place = row[:, None] + channel[None, :]
         out = strided(batch, token, head, channel, out_stride_batch, out_stride_token, out_stride_head)
         if QK:
@@ -132,7 +148,8 @@ def sequence_unpack_kernel(
                 q_x_first, q_x_second = load_pair(q, q_offsets, inside, HALF)
                 k_x_first, k_x_second = load_pair(k, k_offsets, inside, HALF)
             if ROPE:
-                cos, sin = rope_angles(axes, start + token, pair, inside, frames, height, width, HALF)
+                in_clip = clip_places(positions, start, token, is_row, POSITIONS)
+                cos, sin = rope_angles(axes, in_clip, pair, inside, frames, height, width, HALF)
             else:
                 cos, sin = 1.0, 0.0
             if ROPE or NORM:

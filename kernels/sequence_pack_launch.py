@@ -1,5 +1,7 @@
 """Launches the Triton kernels of the packing for an all-to-all: configurations, grids and buffers."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from osp_fast.kernels import tuning
@@ -37,14 +39,18 @@ def pack(
     axes: Tensor | None,
     size: Size,
     start: int,
+    positions: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
     ranks: int,
+    sets: int,
+    run: int,
 ) -> Tensor:
     """Pieces of q, k, v (B, n, H, D), or of v alone, one after the other in a flat buffer.
 
-    axes, size, start: of a `Rope3D` by which q and k are rotated, None for no rotation.
+    axes, size, start, positions: of a `Rope3D` by which q and k are rotated, axes None for no rotation
+    ranks, sets, run: of a `SequenceLayout`
     """
     q, k, v = (with_contiguous_channels(x) for x in (q, k, v))
     parts = 1 if q is None else 3
@@ -57,47 +63,75 @@ def pack(
     config = tuning.pick(KERNELS[0], options)
     with current(v.device):
         sequence_pack_kernel[(triton.cdiv(tokens * heads, config.rows), batch)](
-            q, k, v, buffer, axes, q_weight, k_weight,
+            q, k, v, buffer, axes, positions, q_weight, k_weight,
             *_strides(q), *_strides(k), *_strides(v),
             batch, tokens, start, *size, eps,
-            H=heads, **tile_constants(head_dim, 1 if axes is None else 3), RANKS=ranks,
-            QK=parts == 3, ROPE=axes is not None, NORM=norm, ROWS=config.rows, num_warps=config.num_warps,
+            H=heads, **tile_constants(head_dim, 1 if axes is None else 3), RANKS=ranks, SETS=sets, RUN=run,
+            QK=parts == 3, ROPE=axes is not None, POSITIONS=positions is not None, NORM=norm,
+            ROWS=config.rows, num_warps=config.num_warps,
         )  # fmt: skip
     return buffer
 
 
-def unpack(buffer: Tensor, batch: int, tokens: int, heads: int, head_dim: int, ranks: int) -> Tensor:
-    """(B, n, H, D) from pieces of one tensor: the inverse of `pack` for v alone."""
-    out = torch.empty((batch, tokens, heads, head_dim), dtype=buffer.dtype, device=buffer.device)
-    _unpack(buffer, (out,), None, (0, 0, 0), 0, None, None, None, None, 1.0, ranks)
+def unpack(buffer: Tensor, sizes: Sequence[int], ranks: int, sets: int, run: int) -> Tensor:
+    """(B, n, H, D), `sizes`, from pieces of one tensor: the inverse of `pack` for v alone."""
+    out = torch.empty(sizes, dtype=buffer.dtype, device=buffer.device)
+    _unpack(buffer, (out,), None, (0, 0, 0), 0, None, None, None, None, None, 1.0, ranks, sets, run)
     return out
 
 
 def pack_backward(
     buffer: Tensor,
-    batch: int,
-    tokens: int,
-    heads: int,
-    head_dim: int,
+    sizes: Sequence[int],
     axes: Tensor | None,
     size: Size,
     start: int,
+    positions: Tensor | None,
     q: Tensor | None,
     k: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
     ranks: int,
+    sets: int,
+    run: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv, (B, n, 3, H, D), and of both norm weights, (2, D) float32, from pieces of gradients.
 
-    q, k: what was normalised, only with norm; without it the second result is empty.
+    sizes: (B, n, H, D); q, k: what was normalised, only with norm; without it the second result is empty.
     """
-    grad = torch.empty((batch, tokens, 3, heads, head_dim), dtype=buffer.dtype, device=buffer.device)
-    sums = _unpack(buffer, grad.unbind(2), axes, size, start, q, k, q_weight, k_weight, eps, ranks)
+    grad = _empty_qkv(buffer, sizes)
+    rope = (axes, size, start, positions)
+    sums = _unpack(buffer, grad.unbind(2), *rope, q, k, q_weight, k_weight, eps, ranks, sets, run)
+    head_dim = grad.shape[4]
     if q_weight is None:
         return grad, grad.new_empty((0, head_dim), dtype=torch.float32)
     return grad, grad.new_zeros((2, head_dim), dtype=torch.float32) if sums is None else sums.sum(0)
+
+
+def rounds_backward(
+    buffers: Sequence[Tensor],
+    sizes: Sequence[int],
+    axes: Tensor | None,
+    size: Size,
+    start: int,
+    positions: Tensor | None,
+    heads: Sequence[int],
+    ranks: int,
+    sets: int,
+    run: int,
+) -> Tensor:
+    """The gradient of qkv, (B, n, 3, H, D), from pieces of each range of `heads` heads: a launch for each."""
+    grad = _empty_qkv(buffers[0], sizes)
+    for buffer, part in zip(buffers, grad.split(list(heads), 3), strict=True):
+        outs = part.unbind(2)
+        _unpack(buffer, outs, axes, size, start, positions, None, None, None, None, 1.0, ranks, sets, run)
+    return grad
+
+
+def _empty_qkv(buffer: Tensor, sizes: Sequence[int]) -> Tensor:
+    batch, tokens, heads, head_dim = sizes
+    return torch.empty((batch, tokens, 3, heads, head_dim), dtype=buffer.dtype, device=buffer.device)
 
 
 def _unpack(
@@ -106,12 +140,15 @@ def _unpack(
     axes: Tensor | None,
     size: Size,
     start: int,
+    positions: Tensor | None,
     q: Tensor | None,
     k: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
     ranks: int,
+    sets: int,
+    run: int,
 ) -> Tensor | None:
     """Writes outs, q, k, v or one tensor (B, n, H, D); the programs' sums for the norm weights, if there are any."""
     buffer, q, k = (with_contiguous_channels(x) for x in (buffer, q, k))
@@ -128,11 +165,12 @@ def _unpack(
         sums = torch.empty((batch * programs, 2, head_dim), dtype=torch.float32, device=buffer.device)
     with current(buffer.device):
         sequence_unpack_kernel[(programs, batch)](
-            buffer, *(outs if len(outs) == 3 else (None, None, *outs)), axes, q, k, q_weight, k_weight, sums,
+            buffer, *(outs if len(outs) == 3 else (None, None, *outs)), axes, positions, q, k, q_weight, k_weight, sums,
             *_strides(outs[-1]), *_strides(q), *_strides(k),
             batch, tokens, start, *size, blocks, eps,
-            H=heads, **tile_constants(head_dim, 1 if axes is None else 3), RANKS=ranks,
-            QK=len(outs) == 3, ROPE=axes is not None, NORM=norm, ROWS=config.rows, num_warps=config.num_warps,
+            H=heads, **tile_constants(head_dim, 1 if axes is None else 3), RANKS=ranks, SETS=sets, RUN=run,
+            QK=len(outs) == 3, ROPE=axes is not None, POSITIONS=positions is not None, NORM=norm,
+            ROWS=config.rows, num_warps=config.num_warps,
         )  # fmt: skip
     return sums
 

@@ -16,6 +16,7 @@ from osp_fast.kernels.rope3d_launch import tile_constants
 from osp_fast.kernels.rope3d_spec import CLIPS, NARROW_WEIGHT_SUMS, row_kernel_build
 from osp_fast.kernels.sequence_pack import SequenceLayout, sequence_pack, sequence_pack_ref
 from osp_fast.kernels.sequence_pack_kernels import sequence_pack_kernel, sequence_unpack_kernel
+from osp_fast.kernels.sequence_pack_ops import NO_ROPE
 from osp_fast.kernels.spec import COPY_RATE, LAUNCH_SECONDS, REACHED, KernelBuild, OpSpec, Shape, Tunable
 from torch import Tensor
 
@@ -140,13 +141,13 @@ def tuning_call(inputs: dict[str, Any], kernel: str):
     if kernel == "sequence_pack forward":
         return functools.partial(sequence_pack, **detached)
     qkv, layout, rope = detached["qkv"], detached["layout"], detached["rope"]
-    axes, size, start = (None, (0, 0, 0), 0) if rope is None else (rope.axes, rope.size, layout.first_token())
+    place = NO_ROPE if rope is None else rope._replace(start=layout.first_token())
     weights = [detached.get(name) for name in ("q_weight", "k_weight")]
     saved = qkv if weights[0] is not None else None
     sizes = (*qkv.shape[:2], *qkv.shape[3:])
     buffer = torch.randn_like(qkv).flatten()
     operation = torch.ops.osp_fast.sequence_pack_backward
-    return functools.partial(operation, buffer, sizes, axes, size, start, saved, *weights, 1e-6, layout.ranks)
+    return functools.partial(operation, buffer, sizes, *place, saved, *weights, 1e-6, [layout.ranks, 1, 1])
 
 
 SPEC = OpSpec(

@@ -11,8 +11,10 @@ for batch, size, start, tokens in CALLS:
     q, k, v = torch.zeros(batch, tokens, 3, 2, 96, dtype=torch.bfloat16).unbind(2)
     axes = make_rope3d(size, 96).axes
     weight = torch.ones(96)
-    for norms in ((None, None), (weight, weight)):
-        rope3d_launch.rope3d_forward(q, k, q, k, axes, size, start, *norms, 1e-6)
+    places = torch.zeros(tokens, dtype=torch.int32)
+    for positions, norms in ((None, (None, None)), (None, (weight, weight)), (places, (None, None))):
+        place = (axes, size, start, positions)
+        rope3d_launch.rope3d_forward(q, k, q, k, *place, *norms, 1e-6)
         saved = (q, k) if norms[0] is not None else (None, None)
-        rope3d_launch.rope3d_backward(q, k, v, axes, size, start, *saved, *norms, 1e-6)
+        rope3d_launch.rope3d_backward(q, k, v, *place, *saved, *norms, 1e-6)
 report()

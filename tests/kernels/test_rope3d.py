@@ -37,15 +37,23 @@ def test_angles_follow_the_formula():
             line += 1
 
 
-@pytest.mark.parametrize("start", [0, 5])
+def scattered(rope, tokens, seed=0):
+    """The same clip with tokens from anywhere in it, some of them more than once."""
+    frames, height, width = rope.size
+    places = torch.randint(frames * height * width, (tokens,), generator=torch.Generator().manual_seed(seed))
+    return rope._replace(start=0, positions=places.int())
+
+
+@pytest.mark.parametrize("start", [0, 5, None])
 def test_rotation_by_halves_in_each_part(start):
     """Each pair is a complex number, turned by the position on its axis."""
     scales = (1.0, 0.5, 2.0)
-    rope = make_rope3d((3, 2, 4), 18, scales, start=start)
+    rope = make_rope3d((3, 2, 4), 18, scales, start=start or 0)
+    rope = scattered(rope, 11) if start is None else rope
     q, k = torch.randn(2, 2, 11, 2, 18, dtype=torch.float64)
     for x, out in zip((q, k), rope3d_qk_ref(q, k, rope), strict=True):
         for token in range(11):
-            place = start + token
+            place = int(rope.positions[token]) if start is None else start + token
             for part, position in enumerate((place // 8, place // 4 % 2, place % 4)):
                 first, second = x[:, token, :, part * 6 :][..., :3], x[:, token, :, part * 6 + 3 :][..., :3]
                 angle = position / scales[part] * 10000.0 ** (-torch.arange(3, dtype=torch.float64) / 3)
@@ -95,6 +103,7 @@ CALLS = dict(
     layout=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from(DTYPES),
     inplace=st.booleans(),
+    anywhere=st.booleans(),
 )
 
 
@@ -130,10 +139,11 @@ def doubles(*tensors):
 
 @given(**CALLS)
 @settings(max_examples=20)
-@example(3, (1, 5, 7), (0, 0), 2, 96, True, "contiguous", torch.float32, True)
-@example(1, (3, 2, 5), (4, 3), 3, 48, False, "contiguous", torch.float32, True)
-def test_kernels_against_float64(batch, size, cut, heads, head_dim, norm, layout, dtype, inplace):
+@example(3, (1, 5, 7), (0, 0), 2, 96, True, "contiguous", torch.float32, True, True)
+@example(1, (3, 2, 5), (4, 3), 3, 48, False, "contiguous", torch.float32, True, False)
+def test_kernels_against_float64(batch, size, cut, heads, head_dim, norm, layout, dtype, inplace, anywhere):
     rope, tokens = cut_rope(size, cut, head_dim)
+    rope = scattered(rope, tokens) if anywhere else rope
     shape = (batch, tokens, 3, heads, head_dim)
     leaf, fresh = (laid_out(shape, layout, dtype, 0) for _ in range(2))
     norms = weights(head_dim) if norm else []
@@ -157,6 +167,7 @@ def test_kernels_against_float64(batch, size, cut, heads, head_dim, norm, layout
 @pytest.mark.parametrize("norm", [False, True])
 def test_separate_tensors_against_float64(norm, monkeypatch):
     rope, tokens = cut_rope((3, 2, 5), (4, 3), 24)
+    rope = scattered(rope, tokens) if norm else rope
     q, k = (
         laid_out((2, tokens, 1, 3, 24), layout, torch.float32, 2)[:, :, 0].requires_grad_() for layout in LAYOUTS[1:3]
     )
@@ -225,7 +236,7 @@ def test_heads_far_apart():
     q, k = (x.as_strided((1, 4, 3, 24), (0, 24, 1 << 30, 1)).copy_(torch.randn(1, 4, 3, 24)) for x in (q, k))
     rope = make_rope3d((1, 2, 2), 24)
     expected = rope3d_qk_ref(q, k, rope)
-    arguments = (rope.axes, rope.size, 0, None, None, 1e-6)
+    arguments = (*rope, None, None, 1e-6)
     found = torch.ops.osp_fast.rope3d(q, k, *arguments)
     assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(found, expected, strict=True))
 
@@ -241,11 +252,17 @@ def test_nothing_to_rotate():
 
 def test_what_does_not_fit_is_refused(monkeypatch):
     qkv, rope, ones = torch.zeros(1, 12, 3, 2, 24), make_rope3d((2, 2, 3), 24), torch.ones(24)
+    places = torch.arange(12, dtype=torch.int32)
     with pytest.raises(ValueError, match="multiple of 6"):
         rope3d_axes((1, 1, 1), 64)
     cases = (
         ((qkv, rope._replace(start=1)), "12 tokens from 1 on"),
         ((qkv, rope._replace(start=-1)), "12 tokens from -1 on"),
+        ((qkv, rope._replace(start=1, positions=places)), "it must be 0, not 1"),
+        ((qkv, rope._replace(positions=places[1:])), "one for each of 12 tokens"),
+        ((qkv, rope._replace(positions=places.long())), "must be contiguous int32"),
+        ((qkv, rope._replace(positions=places.repeat(2)[::2])), "must be contiguous int32"),
+        ((qkv, rope._replace(positions=places.to("meta"))), "positions must be on cpu"),
         ((qkv, make_rope3d((2, 2, 3), 18)), "must be float32"),
         ((qkv, Rope3D(rope.axes.double(), rope.size)), "must be float32"),
         ((qkv, Rope3D(rope.axes.to("meta"), rope.size)), "must be on cpu"),

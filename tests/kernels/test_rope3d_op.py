@@ -28,15 +28,16 @@ def triton_path(monkeypatch):
 @pytest.mark.parametrize("norm", [False, True])
 def test_opcheck(norm):
     rope = make_rope3d((2, 2, 3), HEAD_DIM, start=1)
+    rope = rope._replace(start=0, positions=torch.randperm(11).int()) if norm else rope
     q, k, v = torch.randn(2, 11, 3, HEADS, HEAD_DIM).unbind(2)
     norms = [torch.randn(HEAD_DIM) if norm else None for _ in range(2)]
-    arguments = (rope.axes, rope.size, rope.start, *norms, 1e-6)
+    arguments = (*rope, *norms, 1e-6)
     leaves = [x.clone().requires_grad_() for x in (q, k)]
     torch.library.opcheck(torch.ops.osp_fast.rope3d.default, (*leaves, *arguments))
     torch.library.opcheck(torch.ops.osp_fast.rope3d_.default, (q.clone(), k.clone(), *arguments))
     normed = (q, k) if norm else (None, None)
     for v_grad in (v, None):
-        arguments = (q, k, v_grad, rope.axes, rope.size, rope.start, *normed, *norms, 1e-6)
+        arguments = (q, k, v_grad, *rope, *normed, *norms, 1e-6)
         torch.library.opcheck(torch.ops.osp_fast.rope3d_backward.default, arguments)
 
 
@@ -53,20 +54,18 @@ class Attention(nn.Module):
         return skiparse_attention_ref(*function(qkv, rope, *self.norms, **options)).sin()
 
 
-@pytest.mark.parametrize(
-    "norm, inplace, backend",
-    [(False, True, "aot_eager"), (False, False, "aot_eager"), (True, True, "aot_eager")],
-)
-def test_compiles_between_projection_and_attention(norm, inplace, backend):
+@pytest.mark.parametrize("norm, inplace, anywhere", [(False, True, True), (False, False, False), (True, True, False)])
+def test_compiles_between_projection_and_attention(norm, inplace, anywhere):
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Attention(norm)
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     compiles = 0
     for size in SIZES:
         tokens = size[0] * size[1] * size[2] - 1
         rope = make_rope3d(size, HEAD_DIM, start=1)
+        rope = rope._replace(start=0, positions=torch.randperm(tokens).int()) if anywhere else rope
         x = torch.randn(2, tokens, 8, requires_grad=True)
         leaves = [x, *model.parameters()]
         out, expected = compiled(x, rope, rope3d, inplace=inplace), model(x, rope, rope3d_ref)
@@ -101,7 +100,10 @@ def test_a_new_clip_compiles_no_kernel(tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == {"rope3d_fwd_kernel": 2, "rope3d_bwd_kernel": 2}  # without norm, and with it
+    assert json.loads(result.stdout) == {
+        "rope3d_fwd_kernel": 3,
+        "rope3d_bwd_kernel": 3,
+    }  # without norm, with it, with positions
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -155,6 +157,9 @@ def test_moves_the_bytes_of_the_spec(norm, count_traffic):
     sizes = {"batch": 2, "size": (2, 3, 4), "heads": 2, "head_dim": 24, "norm": norm}
     inputs = SPEC.make_inputs(device="cpu", dtype=torch.float16, seed=0, **sizes)
     table, vectors = inputs["rope"].axes.numel() * 4, norm * 2 * 24 * 4
+    if norm:  # four bytes for each token tell where it is
+        inputs["rope"] = inputs["rope"]._replace(positions=torch.randperm(24).int())
+        table += 4 * 24
     with count_traffic() as moved:
         out = rope3d(**inputs)
     assert moved.loaded + moved.stored == SPEC.bytes("forward", **sizes) + table + vectors

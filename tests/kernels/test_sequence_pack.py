@@ -13,6 +13,7 @@ from osp_fast.kernels.sequence_pack import (
     received_qkv,
     sequence_pack,
     sequence_pack_ref,
+    sequence_pack_rounds,
     sequence_pack_triton,
     unpack_output,
 )
@@ -41,15 +42,28 @@ def layouts(ranks, tokens, heads, head_dim, batch):
     return [SequenceLayout(ranks, rank, tokens, heads, head_dim, batch) for rank in range(ranks)]
 
 
-@given(ranks=st.integers(1, 8), tokens=st.integers(0, 40), heads=st.integers(1, 12))
-def test_shares_are_balanced_and_complete(ranks, tokens, heads):
-    every = layouts(ranks, tokens, heads, 6, 2)
-    for total, shares, firsts in (
-        (tokens, [x.tokens_of(x.rank) for x in every], [x.first_token() for x in every]),
-        (heads, [x.heads_of(x.rank) for x in every], [x.first_head() for x in every]),
+@given(
+    ranks=st.integers(1, 8),
+    periods=st.integers(0, 40),
+    heads=st.integers(1, 12),
+    grain=st.sampled_from((1, 4, 12)),
+    sets=st.integers(1, 4),
+)
+def test_shares_are_balanced_and_complete(ranks, periods, heads, grain, sets):
+    sets = sets if grain % sets == 0 else 1
+    every = [x._replace(grain=grain, sets=sets) for x in layouts(ranks, periods * grain, heads, 6, 2)]
+    for total, of_one, shares, firsts in (
+        (periods * grain, grain, [x.tokens_of(x.rank) for x in every], [x.first_token() for x in every]),
+        (sets * heads, 1, [x.units_of(x.rank) for x in every], [x.first_unit() for x in every]),
     ):
-        assert sum(shares) == total and shares == sorted(shares, reverse=True) and shares[0] - shares[-1] <= 1
+        assert sum(shares) == total and shares == sorted(shares, reverse=True) and shares[0] - shares[-1] <= of_one
         assert firsts == [sum(shares[:rank]) for rank in range(ranks)]
+        assert all(share % of_one == 0 for share in shares)
+    dealt = [
+        (index, unit) for x in every for index, units in x.unit_sets() for unit in range(x.units_of(x.rank))[units]
+    ]
+    assert [index for index, _ in dealt] == sorted(list(range(sets)) * heads)
+    assert [unit for _, unit in dealt] == [unit for x in every for unit in range(x.units_of(x.rank))]
     for splits in ([x.qkv_splits() for x in every], [x.output_splits() for x in every]):
         for sender in range(ranks):
             assert [splits[receiver][1][sender] for receiver in range(ranks)] == splits[sender][0]
@@ -81,19 +95,23 @@ CALLS = dict(
     norm=st.booleans(),
     dtype=st.sampled_from((torch.float32, torch.float16)),
     strided=st.booleans(),
+    sets=st.sampled_from([(1, 1), (2, 1), (2, 3), (3, 2)]),
 )
 
 
 @given(**CALLS)
 @settings(max_examples=25)
-@example(3, 0.5, (1, 5, 7), 5, 96, 2, True, True, torch.float32, False)
-@example(5, 0.9, (3, 2, 5), 3, 24, 1, True, False, torch.float32, True)  # ranks without a head
-def test_kernels_against_float64(ranks, place, size, heads, head_dim, batch, rope, norm, dtype, strided):
+@example(3, 0.5, (1, 5, 7), 5, 96, 2, True, True, torch.float32, False, (3, 2))
+@example(5, 0.9, (3, 2, 5), 3, 24, 1, True, False, torch.float32, True, (1, 1))  # ranks without a head
+def test_kernels_against_float64(ranks, place, size, heads, head_dim, batch, rope, norm, dtype, strided, sets):
     generator = torch.Generator().manual_seed(0)
-    tokens = size[0] * size[1] * size[2]
-    layout = SequenceLayout(ranks, int(place * ranks), tokens, heads, head_dim, batch)
+    tokens, grain = size[0] * size[1] * size[2], sets[0] * sets[1]
+    padded = -(-tokens // grain) * grain
+    layout = SequenceLayout(ranks, int(place * ranks), padded, heads, head_dim, batch, grain, *sets)
     angles = make_rope3d(size, head_dim, (1.0, 2.0, 0.5)) if rope else None
     own = layout.tokens_of(layout.rank)
+    if rope and grain > 1:
+        angles = angles._replace(positions=torch.randint(tokens, (own,), generator=generator, dtype=torch.int32))
     qkv = torch.randn(own, batch, 3, heads + 1, head_dim, generator=generator).to(dtype).transpose(0, 1)[:, :, :, 1:]
     qkv = (qkv if strided else qkv.contiguous()).requires_grad_()
     norms = [(1 + 0.3 * torch.randn(head_dim, generator=generator)).requires_grad_() for _ in range(2 * norm)]
@@ -132,7 +150,7 @@ def test_attention_of_all_ranks_equals_attention_of_one(ranks, size, heads, batc
     outs = []
     for buffer, layout in zip(exchange(sent, [x.qkv_splits() for x in every]), every, strict=True):
         q, k, v = received_qkv(buffer, layout)
-        assert q.shape == (batch, tokens, layout.heads_of(layout.rank), head_dim)
+        assert q.shape == (batch, tokens, layout.units_of(layout.rank), head_dim)
         assert q.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
         outs.append(pack_output(skiparse_attention_ref(q, k, v, "single", 2), layout))
     back = exchange(outs, [x.output_splits() for x in every])
@@ -144,6 +162,60 @@ def test_attention_of_all_ranks_equals_attention_of_one(ranks, size, heads, batc
     gradients = torch.autograd.grad(out, [qkv, *norms], grad)
     expected = torch.autograd.grad(expected, [whole, *norms64], grad.double())
     assert all(relative(a, b) < 1e-5 for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.parametrize(
+    "ranks, k, heads, batch, mode",
+    [(3, 2, 3, 2, "single"), (4, 2, 3, 1, "group"), (4, 3, 2, 2, "group"), (5, 3, 5, 1, "single"),
+     (7, 2, 3, 1, "group")],
+)  # fmt: skip
+def test_units_of_sets_and_heads(ranks, k, heads, batch, mode, path, monkeypatch):
+    """Ranks that hold a part of the sets' heads each attend fully in them: together that is skiparse attention."""
+    monkeypatch.setenv("OSP_FAST_KERNELS", path)
+    torch.manual_seed(0)
+    tokens, head_dim, run = 5 * k * k, 12, 1 if mode == "single" else k
+    rope = make_rope3d((1, 5, k * k), head_dim)
+    mask = torch.rand(batch, tokens) < 0.8
+    in_set = torch.arange(tokens).unflatten(0, (-1, k, run)).transpose(0, 1).flatten(1)
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim, requires_grad=True)
+    every = [x._replace(grain=k * k, sets=k, run=run) for x in layouts(ranks, tokens, heads, head_dim, batch)]
+    shards = [qkv[:, x.first_token() :][:, : x.tokens_of(x.rank)] for x in every]
+    sent = [sequence_pack(shard, x, rope) for shard, x in zip(shards, every, strict=True)]
+    outs = []
+    for buffer, layout in zip(exchange(sent, [x.qkv_splits() for x in every]), every, strict=True):
+        q, k_, v = received_qkv(buffer, layout)
+        assert q.shape == (batch, tokens // k, layout.units_of(layout.rank), head_dim)
+        attended = [q[:, :, :0]]
+        for index, units in layout.unit_sets():
+            parts = (x[:, :, units] for x in (q, k_, v))
+            attended.append(skiparse_attention_ref(*parts, "full", key_mask=mask[:, in_set[index]]))
+        outs.append(pack_output(torch.cat(attended, 2), layout))
+    back = exchange(outs, [x.output_splits() for x in every])
+    out = torch.cat([unpack_output(buffer, x) for buffer, x in zip(back, every, strict=True)], 1)
+    whole = qkv.detach().double().requires_grad_()
+    expected = skiparse_attention_ref(*rope3d_ref(whole, rope), mode, k, key_mask=mask)
+    assert relative(out, expected) < 1e-6
+    grad = torch.randn(out.shape)
+    found = torch.autograd.grad(out, qkv, grad)[0]
+    assert relative(found, torch.autograd.grad(expected, whole, grad.double())[0]) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.parametrize("heads, anywhere", [((4, 3), False), ((1, 2, 2), True), ((5,), False)])
+def test_rounds_are_the_heads_one_after_the_other(heads, anywhere, path, monkeypatch):
+    monkeypatch.setenv("OSP_FAST_KERNELS", path)
+    torch.manual_seed(0)
+    every, rope = [SequenceLayout(3, 1, 7, part, 12, 2) for part in heads], make_rope3d((1, 7, 1), 12)
+    rope = rope._replace(positions=torch.tensor([5, 0], dtype=torch.int32)) if anywhere else rope
+    qkv = torch.randn(2, 2, 3, sum(heads), 12, requires_grad=True)
+    found = sequence_pack_rounds(qkv, every, rope)
+    whole = qkv.detach().double().requires_grad_()
+    expected = [sequence_pack_ref(x, y, rope) for x, y in zip(whole.split(heads, 3), every, strict=True)]
+    assert all(relative(a, b) < 1e-6 for a, b in zip(found, expected, strict=True))
+    grads = [torch.randn(x.shape) for x in found]
+    found = torch.autograd.grad(found, qkv, grads)[0]
+    assert relative(found, torch.autograd.grad(expected, whole, [x.double() for x in grads])[0]) < 1e-6
 
 
 def test_projection_sums_over_pieces():
@@ -181,6 +253,13 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         (sequence_pack, (qkv, layout, rope._replace(start=3)), "2 tokens from 6 on"),
         (sequence_pack, (qkv, layout, None, ones), "go together"),
         (received_qkv, (torch.zeros(5), layout), "must be flat"),
+        (sequence_pack, (qkv, layout, rope._replace(positions=torch.zeros(3).int())), "one for each of 2 tokens"),
+        (sequence_pack, (qkv, layout._replace(sets=2)), "7 tokens must be a multiple of the grain 1"),
+        (sequence_pack_rounds, (qkv, []), "one or more"),
+        (sequence_pack_rounds, (qkv, [layout, layout]), "as the layout says"),
+        (sequence_pack_rounds, (qkv, [layout, layout._replace(rank=0)]), "alike but for their heads"),
+        (sequence_pack_rounds, (qkv, [layout._replace(grain=2, sets=2)] * 2), "there must be one"),
+        (received_qkv, (torch.zeros(5), layout._replace(grain=4)), "multiple of the grain 4"),
         (pack_output, (torch.zeros(2, 7, 1, 12), layout), "as the layout says"),
         (unpack_output, (torch.zeros(2, 2, 5, 12), layout), "must be flat"),
         (output_pieces, (torch.zeros(7), layout), "must be flat"),

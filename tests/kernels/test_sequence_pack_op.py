@@ -15,11 +15,14 @@ from osp_fast.kernels.sequence_pack import (
     received_qkv,
     sequence_pack,
     sequence_pack_ref,
+    sequence_pack_rounds,
     unpack_output,
 )
+from osp_fast.kernels.sequence_pack_ops import NO_ROPE
 from osp_fast.kernels.sequence_pack_spec import SPEC
 from osp_fast.kernels.skiparse_attention import skiparse_attention_ref
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).parent
 HEADS, HEAD_DIM = 5, 12
@@ -35,22 +38,27 @@ def triton_path(monkeypatch):
 @pytest.mark.parametrize("rotated", [False, True])
 def test_opcheck_of_q_k_v(norm, rotated):
     qkv, rope = torch.randn(2, 4, 3, HEADS, HEAD_DIM), make_rope3d((1, 3, 4), HEAD_DIM)
-    place = (rope.axes, rope.size, 5) if rotated else (None, (0, 0, 0), 0)
+    anywhere = torch.tensor([0, 7, 7, 3], dtype=torch.int32)
+    place = (*rope[:2], *((0, anywhere) if norm else (5, None))) if rotated else NO_ROPE
     norms = [torch.randn(HEAD_DIM) if norm else None for _ in range(2)]
     leaves = [None if x is None else x.clone().requires_grad_() for x in (qkv, *norms)]
     operations = torch.ops.osp_fast
-    torch.library.opcheck(operations.sequence_pack.default, (leaves[0], *place, *leaves[1:], 1e-6, 3))
-    arguments = (qkv.flatten(), (2, 4, HEADS, HEAD_DIM), *place, qkv if norm else None, *norms, 1e-6, 3)
+    torch.library.opcheck(operations.sequence_pack.default, (leaves[0], *place, *leaves[1:], 1e-6, [3, 1, 1]))
+    arguments = (qkv.flatten(), (2, 4, HEADS, HEAD_DIM), *place, qkv if norm else None, *norms, 1e-6, [3, 1, 1])
     torch.library.opcheck(operations.sequence_pack_backward.default, arguments)
+    if not norm:
+        rounds = ([torch.randn(2 * 4 * 3 * part * HEAD_DIM) for part in (3, 2)], (2, 4, HEADS, HEAD_DIM))
+        arguments = (*rounds, *place, [3, 2], [3, 1, 1])
+        torch.library.opcheck(operations.sequence_pack_rounds_backward.default, arguments)
 
 
 def test_opcheck_of_parts():
     x = torch.randn(2, 4, HEADS, HEAD_DIM)
     operations = torch.ops.osp_fast
-    torch.library.opcheck(operations.sequence_pack_parts.default, (None, None, x.clone().requires_grad_(), 3))
-    torch.library.opcheck(operations.sequence_pack_parts.default, (x, x, x, 1))
+    torch.library.opcheck(operations.sequence_pack_parts.default, (None, None, x.clone().requires_grad_(), [3, 1, 1]))
+    torch.library.opcheck(operations.sequence_pack_parts.default, (x, x, x, [1, 1, 1]))
     buffer = x.flatten().requires_grad_()
-    torch.library.opcheck(operations.sequence_unpack_parts.default, (buffer, *x.shape, 3))
+    torch.library.opcheck(operations.sequence_unpack_parts.default, (buffer, x.shape, [3, 2, 1]))
 
 
 def test_what_is_received_can_be_differentiated_twice():
@@ -71,11 +79,17 @@ def test_what_is_received_can_be_differentiated_twice():
 def attend(qkv, rope):
     """All of it for a single rank, which exchanges nothing with others."""
     layout = SequenceLayout(1, 0, qkv.shape[1], HEADS, HEAD_DIM, qkv.shape[0])
-    q, k, v = received_qkv(sequence_pack(qkv * 1, layout, rope).sin(), layout)
-    return unpack_output(pack_output(skiparse_attention_ref(q, k, v), layout).cos(), layout)
+    rounds = [layout._replace(heads=heads) for heads in (HEADS - 2, 2)]
+    outs = []
+    for buffer, part in zip(sequence_pack_rounds(qkv * 1, rounds, rope), rounds, strict=True):
+        q, k, v = received_qkv(buffer.sin(), part)
+        outs.append(unpack_output(pack_output(skiparse_attention_ref(q, k, v), part).cos(), part))
+    return torch.cat(outs, 2)
 
 
-def test_compiles_without_breaks_and_once_for_all_lengths():
+@pytest.mark.parametrize("path", ["triton", "reference"])
+def test_compiles_without_breaks_and_once_for_all_lengths(path, monkeypatch):
+    monkeypatch.setenv("OSP_FAST_KERNELS", path)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attend, backend=counter, fullgraph=True, dynamic=True)
@@ -127,7 +141,7 @@ def work(rank, store):
         return out
 
     buffer = exchange(sequence_pack(own, layout), *layout.qkv_splits())
-    heads = slice(layout.first_head(), layout.first_head() + layout.heads_of(rank))
+    heads = slice(layout.first_unit(), layout.first_unit() + layout.units_of(rank))
     for found, expected in zip(received_qkv(buffer, layout), qkv.unbind(2)):
         assert torch.equal(found, expected[:, :, heads])
     back = exchange(pack_output(received_qkv(buffer, layout)[2], layout), *layout.output_splits())
@@ -171,6 +185,33 @@ def test_moves_the_bytes_of_the_spec(norm, count_traffic):
     (launch,) = moved.launches
     programs = 2  # one on each multiprocessor of the interpreter
     assert launch.loaded + launch.stored == SPEC.bytes("backward", **sizes) + table + vectors * (1 + programs)
+
+
+def test_rounds_have_one_gradient(count_traffic):
+    """A launch for each round writes its heads of it: each byte once, and nothing else happens."""
+    rounds, rope = [SequenceLayout(3, 1, 7, heads, 12, 2) for heads in (4, 3)], make_rope3d((1, 7, 1), 12)
+    qkv = torch.randn(2, 2, 3, 7, 12, requires_grad=True)
+    buffers = sequence_pack_rounds(qkv, rounds, rope)
+    grads = [torch.randn_like(x) for x in buffers]
+    names = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            names.append(function._schema.name)
+            return function(*arguments, **(options or {}))
+
+    with count_traffic() as moved, Recorded():
+        torch.autograd.grad(buffers, qkv, grads)
+    assert len(moved.launches) == 2 and moved.stored == 4 * qkv.numel()
+    assert {name for name in names if "osp_fast" in name} == {"osp_fast::sequence_pack_rounds_backward"}
+    assert not set(names) & {
+        "aten::add",
+        "aten::add_",
+        "aten::cat",
+        "aten::zeros",
+        "aten::slice_backward",
+        "aten::copy_",
+    }
 
 
 def test_other_passes_move_each_byte_once(count_traffic):
