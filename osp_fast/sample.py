@@ -5,7 +5,7 @@ that holds all that made it; more than one sample also give a grid. What is ther
 command goes on after an interruption. Under torchrun the processes share the clips, or with `--sp` each clip.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,11 +14,10 @@ from osp_fast.cli import parse_sample
 from osp_fast.config import SampleConfig
 from osp_fast.device import memory_allowance, rank_device
 from osp_fast.errors import UserError, run_entry_point
-from osp_fast.models.dit import DiT
 from osp_fast.parallel.guidance import SamplingMesh
 from osp_fast.parallel.world import Ranks, World, open_world
-from osp_fast.pipeline.sampler import Teamwork
 from osp_fast.pipeline.settings import NEGATIVE_PROMPT
+from osp_fast.pipeline.team import Team
 from osp_fast.progress import say
 from osp_fast.sampling.clips import SamplingJob
 from osp_fast.sampling.dry_run import dry_run
@@ -67,18 +66,6 @@ def processes(config: SampleConfig) -> Iterator[tuple[World, bool]]:
     yield World(ranks, device), False
 
 
-def team_up(config: SampleConfig, world: World, report: Callable[[str], None]) -> Callable[[DiT], Teamwork]:
-    """What makes a DiT one of the ranks that share a clip. All ranks must call it."""
-    mesh = SamplingMesh.of(world, config.guidance_scale != 1, COLLECTIVE_SECONDS)
-    report(mesh.describe())
-
-    def join(dit: DiT) -> Teamwork:
-        mesh.share(dit)
-        return Teamwork(mesh.half, mesh.exchange, mesh.agree)
-
-    return join
-
-
 def sample(config: SampleConfig, prompts: list[str], world: World, together: bool) -> None:
     """Make the clips of `prompts`, as one of the processes of `world`. Raises `UserError`."""
 
@@ -96,7 +83,8 @@ def sample(config: SampleConfig, prompts: list[str], world: World, together: boo
         say("sampling with\n" + "\n".join(f"  {name}: {value}" for name, value in settings.items()))
     to_all = report if world.is_first else lambda line: None
     if together:
-        pipeline = models.pipeline(to_all, ranks=world.size, join=team_up(config, world, to_all))
+        mesh = SamplingMesh.of(world, config.guidance_scale != 1, COLLECTIVE_SECONDS)
+        pipeline = models.pipeline(to_all, team=Team(mesh, config.sp_mode, models.folders.dtype, to_all))
     else:
         pipeline = models.pipeline(to_all)
     negative = models.clip_settings().negative_prompt

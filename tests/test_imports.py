@@ -21,7 +21,7 @@ ALLOWED = {
     "data": LEAVES,
     "diffusion": LEAVES,
     "parallel": LEAVES | {"device", "kernels", "models"},
-    "engine": LEAVES | {"kernels", "models"},
+    "engine": LEAVES | {"kernels", "models", "parallel"},
     "training": LEAVES | {"progress", "device", "models", "diffusion", "data", "parallel", "engine"},
     "pipeline": LEAVES | {"device", "kernels", "models", "diffusion", "parallel", "engine"},
     "sample_files": LEAVES | {"data"},

@@ -18,9 +18,13 @@ from osp_fast.engine.levels import Level
 from osp_fast.kernels.launch import forced_path
 from osp_fast.kernels.skiparse_attention import skiparse_attention_ref, skiparse_attention_triton
 from osp_fast.models.attention_backends import AttentionBackend, sdpa_attention
-from osp_fast.models.dit import Block, DiT, DiTConfig
+from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.lora import add_lora
 from osp_fast.models.wfvae_trace import LiveBytes
+from osp_fast.parallel.links import Link
+from osp_fast.parallel.sequence import SequenceExchange
+
+NOBODY = Link("")  # a group that is never asked for
 
 # flash-attn keeps what PyTorch's fused attention does: inputs as gathered, output, one number for each row and head.
 ATTENTION_FUNCTIONS = {
@@ -86,13 +90,28 @@ def _model(config: DiTConfig, workload: Workload, indices: list[int]) -> DiT:
     """On the meta device, with the blocks of these numbers."""
     with torch.device("meta"):
         dit = DiT(replace(config, num_layers=0))
-        dit.transformer_blocks.extend(Block(config, index) for index in indices)
+        dit.transformer_blocks.extend(config.block(index) for index in indices)
     dit.config = replace(config, num_layers=len(indices))
     if workload.lora_rank is not None:
         add_lora(dit, workload.lora_rank, workload.lora_rank, 0)
     backend = AttentionBackend(workload.attention, ATTENTION_FUNCTIONS[workload.attention], lambda mode, sparse_n: "")
     for block in dit.transformer_blocks:
         block.self_attention.backend = block.cross_attention.backend = backend
+    return share_as_in(workload, dit)
+
+
+def share_as_in(workload: Workload, dit: DiT) -> DiT:
+    """Let a traced model compute the tokens of the first of the ranks that share clips. Returns it.
+
+    On tensors without contents the exchange makes what it makes on a GPU, and asks no other rank.
+    """
+    plan = workload.sequence
+    if plan is None or plan.ranks == 1:
+        return dit
+    exchange = SequenceExchange(plan, 0, dit.config.sparse_n, NOBODY, NOBODY, NOBODY)
+    dit.share_tokens(exchange)
+    for block in dit.transformer_blocks:  # in the whole model another kind follows on each that skips
+        block.mover = exchange if plan.scope > 1 and block.self_attention.mode != "full" else None
     return dit
 
 

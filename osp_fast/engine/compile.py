@@ -62,11 +62,13 @@ def compile_blocks(dit: DiT, buckets: int, backend: str | Callable = "inductor")
 
 
 def count_kinds(dit: DiT) -> int:
-    """How many graphs a size needs at most: blocks that differ in attention, in what they keep, or in what they get."""
+    """How many graphs a size needs at most: blocks that differ in attention, in what they keep,
+    in what they get, or in whether tokens move behind them."""
     kinds, before = set(), "first"
     for block in dit.transformer_blocks:
-        kinds.add((block.self_attention.mode, id(block.recompute), before))
-        before = "added" if block.recompute is not None else "pending"
+        moves = block.mover is not None
+        kinds.add((block.self_attention.mode, id(block.recompute), before, moves))
+        before = "added" if moves or block.recompute is not None else "pending"
     return len(kinds)
 
 

@@ -24,6 +24,7 @@ from osp_fast.engine.devices import NODE, DeviceModel
 from osp_fast.kernels.skiparse_attention import attention_flops
 from osp_fast.models.dit import DiTConfig
 from osp_fast.models.time_embedding import TIME_CHANNELS
+from osp_fast.parallel.sequence_plan import SequencePlan
 
 FORWARD_PASSES, BACKWARD_PASSES = 23, 42
 FINISH_PASSES = 3  # a recomputed block adds its feed-forward's part in a pass of its own
@@ -45,6 +46,7 @@ class Workload:
     compiled: whether blocks are
     lora_rank: adapters train instead of the weights
     masked: clips of several sizes are padded to the largest
+    sequence: how GPUs share the clips; None: each has its own
     """
 
     clips: int
@@ -57,6 +59,7 @@ class Workload:
     compiled: bool = True
     lora_rank: int | None = None
     masked: bool = False
+    sequence: SequencePlan | None = None
 
 
 def tokens_of(config: DiTConfig, latent_size: tuple[int, int, int]) -> int:

@@ -8,7 +8,6 @@ frees again is not seen, and compiled blocks need less than these, which run ope
 
 import copy
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,13 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from osp_fast.engine.activation_trace import ATTENTION_FUNCTIONS
+from osp_fast.engine.activation_trace import ATTENTION_FUNCTIONS, share_as_in
 from osp_fast.engine.cost import Workload
 from osp_fast.kernels.launch import forced_path
-from osp_fast.kernels.rope3d import Rope3D
-from osp_fast.models.attention import SelfAttention, VisibleKeys
 from osp_fast.models.attention_backends import AttentionBackend
-from osp_fast.models.dit import Block, DiT, DiTConfig
+from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.wfvae_plan import Task
 from osp_fast.models.wfvae_stream import Plan
 from osp_fast.models.wfvae_trace import LiveBytes
@@ -43,18 +40,18 @@ class DenoisingBytes:
 
 
 def denoising_bytes(
-    config: DiTConfig, workload: Workload, turns: int = 1, calls: int = 1, step_cache: bool = False, ranks: int = 1
+    config: DiTConfig, workload: Workload, turns: int = 1, calls: int = 1, step_cache: bool = False
 ) -> DenoisingBytes:
     """Of one clip's denoising, with text keys and time vectors computed before; the weights do not count.
 
     workload: of one call of the DiT; turns: such calls in a step, with a text each; calls: steps
-    step_cache: whether a `FirstBlockCache` is used; ranks: that share the clip's tokens
+    step_cache: whether a `FirstBlockCache` is used
     """
     modes = list(dict.fromkeys(config.attention_mode(index) for index in range(config.num_layers)))
     clips, size, dtype = workload.clips, workload.latent_size, workload.dtype
     shallow = _shallow(config, workload, modes)
     with FakeTensorMode(), forced_path(workload.path), torch.no_grad():
-        dit = _faked(shallow).share_tokens(_TracedExchange(ranks) if ranks > 1 else None)
+        dit = share_as_in(workload, _faked(shallow))
         trace, peaks = LiveBytes(), []
         with trace:
             texts = [_text_context(dit, workload) for _ in range(turns)]
@@ -158,7 +155,7 @@ def _shallow(config: DiTConfig, workload: Workload, modes: list[str]) -> DiT:
     dit = dit_on_meta(replace(config, num_layers=0), workload.dtype)
     with torch.device("meta"):
         indices = [index_of[mode] for mode in (modes[0], *modes)]
-        dit.transformer_blocks.extend(Block(config, index).to(workload.dtype) for index in indices)
+        dit.transformer_blocks.extend(config.block(index).to(workload.dtype) for index in indices)
     backend = AttentionBackend(workload.attention, ATTENTION_FUNCTIONS[workload.attention], lambda mode, sparse_n: "")
     for block in dit.transformer_blocks:
         block.self_attention.backend = block.cross_attention.backend = backend
@@ -195,30 +192,6 @@ class _TracedCache:
         result = rest(after_first)
         self.kept.append(result - after_first)
         return result
-
-
-@dataclass(frozen=True)
-class _TracedExchange:
-    """Makes the tensors of `osp_fast.parallel.sequence.Ulysses` on the rank with the most tokens; sends nothing."""
-
-    ranks: int
-
-    def share(self, x: Tensor) -> Tensor:
-        return x[:, : -(-x.shape[1] // self.ranks)]
-
-    def attend(self, layer: SelfAttention, qkv: Tensor, rope: Rope3D, tokens: VisibleKeys) -> Tensor:
-        batch, own, _, heads, head_dim = qkv.shape
-        every, mine = math.prod(rope.size), -(-heads // self.ranks)
-        received = self._exchange(qkv.clone(), (batch, every, 3, mine, head_dim))
-        out = layer.attend(*received.unbind(2), tokens)
-        return layer.out(self._exchange(out.clone(), (batch, own, heads * head_dim)))
-
-    def gather(self, x: Tensor, tokens: int) -> Tensor:
-        return self._exchange(x.repeat(self.ranks, 1, 1), (x.shape[0], tokens, x.shape[2]))
-
-    def _exchange(self, sent: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """What is received, beside what is sent."""
-        return sent.new_empty(shape)
 
 
 class _Traffic(TorchDispatchMode):

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 import osp_fast.kernels.rope3d
 import osp_fast.kernels.skiparse_attention  # noqa: F401
-from osp_fast.models.dit import Recompute
+from osp_fast.models.dit_block import Recompute
 
 aten = torch.ops.aten
 # Attention as it is dispatched -> the axis of q and k that counts tokens.

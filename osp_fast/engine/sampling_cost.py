@@ -50,15 +50,14 @@ def pass_seconds(blocks: Sequence[float], streaming: Streaming, device: DeviceMo
     return now - before
 
 
-def step_seconds(
-    config: DiTConfig, workload: Workload, turns: int, ranks: int, streaming: Streaming, device: DeviceModel
-) -> float:
+def step_seconds(config: DiTConfig, workload: Workload, turns: int, streaming: Streaming, device: DeviceModel) -> float:
     """Of one step of denoising, with text keys and time vectors computed before.
 
-    workload: of one call of the DiT; turns: such calls in a step; ranks: that share the clip's tokens
+    workload: of one call of the DiT; turns: such calls in a step
     """
     one_pass = pass_bytes(config, workload) / device.copy_bytes
     reading = streaming.block_bytes / device.copy_bytes
+    ranks = 1 if workload.sequence is None else workload.sequence.ranks
     exchange = _exchange_seconds(config, workload, ranks, device)
     seconds = {}
     for mode in {config.attention_mode(index) for index in range(config.num_layers)}:

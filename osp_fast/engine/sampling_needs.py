@@ -117,15 +117,13 @@ class SamplingNeeds:
 
     def _denoising_bytes(self, clips: int, turns: int) -> DenoisingBytes:
         facts = self.facts
-        return denoising_bytes(
-            facts.dit, self.workload(clips), turns, facts.calls, facts.step_cache, facts.ranks_of_half
-        )
+        return denoising_bytes(facts.dit, self.workload(clips), turns, facts.calls, facts.step_cache)
 
     def workload(self, clips: int) -> Workload:
         """One call of the DiT."""
         facts = self.facts
         tensors = (facts.dtype, facts.dtype, facts.attention, facts.path)
-        return Workload(clips, facts.latent_size, facts.text_tokens, *tensors, compiled=False)
+        return Workload(clips, facts.latent_size, facts.text_tokens, *tensors, compiled=False, sequence=facts.sequence)
 
     def _refiner(self, network: nn.Module) -> TextStage:
         facts, layers = self.facts, decoder_layers(network)

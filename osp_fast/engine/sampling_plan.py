@@ -9,6 +9,7 @@ from torch import nn
 from osp_fast.models.dit import DiTConfig
 from osp_fast.models.wfvae_plan import Task, gib
 from osp_fast.models.wfvae_stream import Plan
+from osp_fast.parallel.sequence_plan import SequencePlan
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class SamplingFacts:
     vae, text_encoder, refiner: without weights, on the meta device; decode: a clip's decoding
     attention: a resolved `--attention`; path: triton or reference, what serves all other operations
     step_cache: whether there is one; save_memory: networks leave the device after each use, and nothing runs beside
-    ranks: that share each clip (`--sp`)
+    ranks: that share each clip (`--sp`); sequence: how those share the tokens that compute the same half of guidance
     refiner_tokens: of a prompt with the instruction; refiner_new_tokens: of its answer
     vae_memory: bytes that decoding may hold, None: what is left; most_latent_frames: decoded at once
     """
@@ -40,6 +41,7 @@ class SamplingFacts:
     step_cache: bool = False
     save_memory: bool = False
     ranks: int = 1
+    sequence: SequencePlan | None = None
     refiner_tokens: int = 512
     refiner_new_tokens: int = 256
     vae_memory: int | None = None
@@ -52,11 +54,6 @@ class SamplingFacts:
             return [(1, 1)]
         # A step cache decides for both halves at once.
         return [(2, 1)] if self.step_cache else [(2, 1), (1, 2)]
-
-    @property
-    def ranks_of_half(self) -> int:
-        """That share the tokens of what one of them computes."""
-        return self.ranks // 2 if self.guided and self.ranks % 2 == 0 else self.ranks
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,7 @@ class _Planner:
             streamed = needs.dit.fewest(slots, needs.on_gpu, fits)
             if streamed is not None:
                 resident, streaming = needs.dit.resident(streamed, slots), needs.dit.streaming(streamed, slots)
-                workload, ranks = needs.workload(clips), facts.ranks_of_half
-                step = step_seconds(facts.dit, workload, turns, ranks, streaming, self._rates)
+                step = step_seconds(facts.dit, needs.workload(clips), turns, streaming, self._rates)
                 yield _Denoising(clips, turns, streamed, slots, resident, resident + beside, kept, step)
 
     def _room(self, resident: int, kept: int) -> int:

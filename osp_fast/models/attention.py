@@ -62,9 +62,14 @@ class SelfAttention(nn.Module):
         q_bnhd, k_bnhd, v_bnhd = rope3d(qkv_bn3hd, rope, inplace=True)
         return self.out(self.attend(q_bnhd, k_bnhd, v_bnhd, tokens).flatten(2))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: VisibleKeys) -> Tensor:
-        """q and k, already rotated, and v (B, N, h, D) of all tokens and any number of heads -> (B, N, h, D)."""
-        return self.backend.function(q, k, v, self.mode, self.sparse_n, *tokens)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, tokens: VisibleKeys, mode: str | None = None, sparse_n: int | None = None
+    ) -> Tensor:
+        """q and k, already rotated, and v (B, N, h, D) of any number of heads -> (B, N, h, D).
+
+        mode, sparse_n: instead of the layer's, where the tokens are in another order or are those of some sets
+        """
+        return self.backend.function(q, k, v, mode or self.mode, sparse_n or self.sparse_n, *tokens)
 
 
 class CrossAttention(nn.Module):

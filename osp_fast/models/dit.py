@@ -6,23 +6,23 @@ Parameters of one product are fused (q, k, v; k, v of the text); checkpoints kee
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise, zip_longest
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from osp_fast.kernels.adaln import gate_residual, gate_residual_norm_modulate, norm_modulate
 from osp_fast.kernels.rope3d import Rope3D, make_rope3d
-from osp_fast.models.attention import CrossAttention, SelfAttention, TextKeys, VisibleKeys, describe_attention
+from osp_fast.models.attention import TextKeys, VisibleKeys, describe_attention
 from osp_fast.models.attention_backends import select_attention
+from osp_fast.models.dit_block import Block, Pending, Recompute, add_norm_modulate, settled
 from osp_fast.models.dit_checkpoint import checkpoint_place
 from osp_fast.models.patches import PatchEmbedding, unpatchify
 from osp_fast.models.time_embedding import TimeContext, TimeEmbedding
-from osp_fast.models.token_exchange import TokenExchange
+from osp_fast.models.token_exchange import SharedTokens, TokenExchange
 from osp_fast.models.weights import PretrainedModel
 from osp_fast.seeding import torch_generator
 
@@ -80,6 +80,11 @@ class DiTConfig:
             return "full"
         return "group" if block % 2 else "single"
 
+    def block(self, index: int) -> Block:
+        """Block number `index`, with weights that are not set yet."""
+        mode, heads = self.attention_mode(index), self.num_attention_heads
+        return Block(self.width, heads, mode, self.sparse_n, self.norm_eps, self.norm_elementwise_affine)
+
 
 DIT_CONFIGS = {
     "OpenSoraT2V_v1_3-2B/122": DiTConfig(),
@@ -87,20 +92,6 @@ DIT_CONFIGS = {
         num_layers=5, num_attention_heads=3, attention_head_dim=48, caption_channels=64, cross_attention_dim=144
     ),
 }
-
-
-# Makes the two contexts, of forward and of recomputation, that `torch.utils.checkpoint` works in (its `context_fn`).
-Recompute = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
-
-
-class Pending(NamedTuple):
-    """What the last layer made and is still to be added to the residual stream: x + gate * y.
-
-    The norm that follows adds it, in the same pass over memory. y (B, N, d), gate (B, d) or None for 1.
-    """
-
-    y: Tensor
-    gate: Tensor | None
 
 
 class TextContext(NamedTuple):
@@ -115,92 +106,6 @@ class StepCache(Protocol):
 
     def __call__(self, x: Tensor, first: Callable[[Tensor], Tensor], rest: Callable[[Tensor], Tensor]) -> Tensor:
         """x (B, N, d), the tokens; first: the first block; rest: all others. Returns what all of them make of x."""
-
-
-class Block(nn.Module):
-    """Self-attention, cross-attention, feed-forward."""
-
-    def __init__(self, config: DiTConfig, index: int):
-        super().__init__()
-        width, heads = config.width, config.num_attention_heads
-        self.scale_shift_table = nn.Parameter(torch.empty(6, width))
-        self.norm1 = nn.LayerNorm(width, config.norm_eps, elementwise_affine=config.norm_elementwise_affine)
-        self.self_attention = SelfAttention(width, heads, config.attention_mode(index), config.sparse_n)
-        self.cross_attention = CrossAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width, config.norm_eps, elementwise_affine=config.norm_elementwise_affine)
-        self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
-        self.recompute: Recompute | None = None
-
-    def forward(
-        self,
-        x: Tensor,
-        pending: Pending | None,
-        time: Tensor,
-        rope: Rope3D,
-        tokens: VisibleKeys,
-        text: Tensor | TextKeys,
-        text_tokens: VisibleKeys,
-    ) -> tuple[Tensor, Pending | None]:
-        """x (B, N, d) and what is still to be added to it; time (B, 6, d), text (B, L, d); which of N and L are real.
-
-        In place of the text there may be what `text_keys` made of it.
-
-        Returns the residual stream in x's dtype, without the feed-forward's part, and that part. With `recompute` the
-        part is added here: between blocks one tensor is kept then instead of two, at the price of a pass of its own.
-        """
-        arguments = (x, pending, time, rope, tokens, text, text_tokens)
-        if self.recompute is None or not torch.is_grad_enabled():
-            return self._forward(*arguments, finish=False)
-        options = dict(use_reentrant=False, preserve_rng_state=False)
-        if self.recompute is not noop_context_fn:  # the default, which torch.compile takes only unsaid
-            options["context_fn"] = self.recompute
-        return checkpoint(self._forward, *arguments, True, **options)
-
-    def text_keys(self, text: Tensor) -> TextKeys:
-        """Keys and values of the text (B, L, d) in cross-attention: they depend on nothing else."""
-        return self.cross_attention.text_keys(text)
-
-    def _forward(
-        self,
-        x: Tensor,
-        pending: Pending | None,
-        time: Tensor,
-        rope: Rope3D,
-        tokens: VisibleKeys,
-        text: Tensor | TextKeys,
-        text_tokens: VisibleKeys,
-        finish: bool,
-    ) -> tuple[Tensor, Pending | None]:
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = time.unbind(1)
-        table = self.scale_shift_table.unbind(0)
-        x, normed = _add_norm_modulate(x, pending, (shift_a, scale_a), table[0:2], self.norm1)
-        x = gate_residual(x, gate_a, self.self_attention(normed, rope, tokens), gate_table=table[2])
-        added = Pending(self.cross_attention(x, text, text_tokens), None)
-        x, normed = _add_norm_modulate(x, added, (shift_f, scale_f), table[3:5], self.norm2)
-        if finish:
-            return gate_residual(x, gate_f, self.ff(normed), gate_table=table[5]), None
-        # The sum with the table's row is made here, in float32 as in the operation: the next block must not need this
-        # one's parameters.
-        return x, Pending(self.ff(normed), gate_f + table[5].to(torch.promote_types(x.dtype, torch.float32)))
-
-
-def _add_norm_modulate(
-    x: Tensor, pending: Pending | None, vectors: Sequence[Tensor], rows: Sequence[Tensor], norm: nn.LayerNorm
-) -> tuple[Tensor, Tensor]:
-    """x with what was pending added, and its norm modulated, in the dtype that products take.
-
-    vectors: shift and scale of each sample, (B, d); rows: of the table, (d,), added to them.
-    """
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    options = dict(shift_table=rows[0], scale_table=rows[1], weight=norm.weight, bias=norm.bias, dtype=dtype)
-    if pending is None:
-        return x, norm_modulate(x, *vectors, norm.eps, **options)
-    return gate_residual_norm_modulate(x, pending.gate, pending.y, *vectors, norm.eps, **options)
-
-
-def _settled(x: Tensor, pending: Pending | None) -> Tensor:
-    """x with what was pending added."""
-    return x if pending is None else gate_residual(x, pending.gate, pending.y)
 
 
 class DiT(PretrainedModel):
@@ -226,13 +131,14 @@ class DiT(PretrainedModel):
         self.config = config
         self.rope_dtype: torch.dtype | None = None
         self.exchange: TokenExchange | None = None
+        self.token_kinds: list[str] = []  # how tokens lie in each block, with an exchange
         width = config.width
         self.patch_embed = PatchEmbedding(config.in_channels, width, config.patch)
         self.time_embed = TimeEmbedding(width)
         self.text_embed = nn.Sequential(
             nn.Linear(config.caption_channels, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
         )
-        self.transformer_blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(config.block(index) for index in range(config.num_layers))
         self.norm_out = nn.LayerNorm(width, HEAD_NORM_EPS, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
         self.proj_out = nn.Linear(width, math.prod(config.patch) * config.out_channels)
@@ -288,8 +194,12 @@ class DiT(PretrainedModel):
 
         All that `forward` is given, and what it returns, stays that of the whole clip.
         """
-        self.exchange = exchange
-        for block in self.transformer_blocks:
+        self.exchange, blocks = exchange, self.transformer_blocks
+        modes = [block.self_attention.mode for block in blocks]
+        self.token_kinds = [] if exchange is None else exchange.kinds(modes)
+        moves = [kind != following for kind, following in pairwise(self.token_kinds)]
+        for block, moved in zip_longest(blocks, moves, fillvalue=False):
+            block.mover = exchange if moved else None
             block.self_attention.exchange = exchange
         return self
 
@@ -338,42 +248,74 @@ class DiT(PretrainedModel):
         what `time_context` and `text_context` made of them. Returns (B, C_out, T, H, W). Raises ValueError if the
         latents do not divide into patches.
         """
-        patch = self.config.patch
+        with nullcontext() if self.exchange is None else self.exchange.answering():
+            return self._forward(latents, timestep, text, text_mask, latent_mask, step_cache)
+
+    def _forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor | TimeContext,
+        text: Tensor | TextContext,
+        text_mask: Tensor | None,
+        latent_mask: Tensor | None,
+        step_cache: StepCache | None,
+    ) -> Tensor:
+        patch, heads = self.config.patch, self.config.num_attention_heads
         size = tuple(length // p for length, p in zip(latents.shape[2:], patch, strict=True))
         if any(length % p for length, p in zip(latents.shape[2:], patch, strict=True)):
             raise ValueError(f"latents of (T, H, W) = {tuple(latents.shape[2:])} do not divide into patches of {patch}")
-        x = self.patch_embed(latents, self.exchange)
+        clip = None if self.exchange is None else self.exchange.clip(math.prod(size), heads, latents.device)
+        kinds = self.token_kinds
+        x = self.patch_embed(latents, None if clip is None else lambda tokens: clip.share(tokens, kinds[0]))
         time = timestep if isinstance(timestep, TimeContext) else self.time_embed(timestep)
         if isinstance(text, TextContext):
             texts, text_tokens = text
         else:
             texts = (self.text_embed(text),) * len(self.transformer_blocks)
             text_tokens = VisibleKeys.from_mask(text_mask)
-        scales = (
-            self.config.interpolation_scale_t,
-            self.config.interpolation_scale_h,
-            self.config.interpolation_scale_w,
-        )
-        rope = make_rope3d(size, self.config.attention_head_dim, scales, latents.device, self.rope_dtype)
-        token_mask = None
-        if latent_mask is not None:
-            token_mask = F.max_pool3d(latent_mask[:, None].float(), patch).flatten(1).bool()
-        tokens = VisibleKeys.from_mask(token_mask)
+        places = self._places(clip, size, latents, latent_mask)
 
         def run(x: Tensor, first: int, last: int | None) -> tuple[Tensor, Pending | None]:
             pending = None
-            for block, text in zip(self.transformer_blocks[first:last], texts[first:last], strict=True):
+            blocks = zip(self.transformer_blocks, texts, places, strict=True)
+            for block, text, (rope, tokens) in list(blocks)[first:last]:
                 x, pending = block(x, pending, time.modulation, rope, tokens, text, text_tokens)
             return x, pending
 
+        def rest(x: Tensor) -> Tensor:
+            """All blocks but the first; tokens lie afterwards as they did before, where they are cached."""
+            x = settled(*run(x, 1, None))
+            moved = kinds[1:] and kinds[1] != kinds[-1]
+            return self.exchange.move(lambda part: x[:, part], x.shape[1]) if moved else x
+
+        kind = kinds[-1] if kinds else None
         if step_cache is None:
             x, pending = run(x, 0, None)
         else:
-            x, pending = step_cache(x, lambda x: _settled(*run(x, 0, 1)), lambda x: _settled(*run(x, 1, None))), None
+            x, pending = step_cache(x, lambda x: settled(*run(x, 0, 1)), rest), None
+            kind = kinds[1] if kinds[1:] else kind
         rows = self.scale_shift_table.unbind(0)
-        _, x = _add_norm_modulate(x, pending, (time.embedded, time.embedded), rows, self.norm_out)
+        _, x = add_norm_modulate(x, pending, (time.embedded, time.embedded), rows, self.norm_out)
         y = self.proj_out(x)
-        return unpatchify(y if self.exchange is None else self.exchange.gather(y, math.prod(size)), size, patch)
+        return unpatchify(y if clip is None else clip.gather(y, kind), size, patch)
+
+    def _places(
+        self, clip: SharedTokens | None, size: tuple[int, ...], latents: Tensor, latent_mask: Tensor | None
+    ) -> list[tuple[Rope3D, VisibleKeys]]:
+        """For each block the positions of the tokens that it gets, and which are real of those that attend."""
+        config = self.config
+        scales = config.interpolation_scale_t, config.interpolation_scale_h, config.interpolation_scale_w
+        rope = make_rope3d(size, config.attention_head_dim, scales, latents.device, self.rope_dtype)
+        token_mask = None
+        if latent_mask is not None:
+            token_mask = F.max_pool3d(latent_mask[:, None].float(), config.patch).flatten(1).bool()
+        tokens = VisibleKeys.from_mask(token_mask)
+        if clip is None:
+            return [(rope, tokens)] * len(self.transformer_blocks)
+        modes = [block.self_attention.mode for block in self.transformer_blocks]
+        each = list(zip(self.token_kinds, modes, strict=True))
+        places = {place: clip.place(*place, rope, tokens, len(latents)) for place in set(each)}
+        return [places[place] for place in each]
 
     def to_checkpoint(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Fused parameters -> one tensor per product, under the names of released checkpoints."""

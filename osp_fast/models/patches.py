@@ -3,10 +3,10 @@
 Shape suffixes: b batch, c channels, t frames, h rows, w columns; p, q, r are the same three inside a patch.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from osp_fast.models.token_exchange import TokenExchange
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -15,11 +15,11 @@ class PatchEmbedding(nn.Conv3d):
     def __init__(self, channels: int, width: int, patch: tuple[int, int, int]):
         super().__init__(channels, width, patch, stride=patch)
 
-    def forward(self, latents: Tensor, exchange: TokenExchange | None = None) -> Tensor:
-        """(B, C, T, H, W) -> (B, N, width), or this rank's tokens of them, the only ones that are computed then."""
-        if exchange is None:
+    def forward(self, latents: Tensor, share: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(B, C, T, H, W) -> (B, N, width), or of those patches alone that `share` takes out of all."""
+        if share is None:
             return super().forward(latents).flatten(2).transpose(1, 2).contiguous()
-        return F.linear(exchange.share(patchify(latents, self.kernel_size)), self.weight.flatten(1), self.bias)
+        return F.linear(share(patchify(latents, self.kernel_size)), self.weight.flatten(1), self.bias)
 
 
 def patchify(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:

@@ -9,33 +9,34 @@ odd number of ranks is one group.
                                      prompt           3 4 5     predictions are exchanged along a column
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
 from torch import Tensor
 
 from osp_fast.models.dit import DiT
 from osp_fast.parallel.collectives import all_gather
-from osp_fast.parallel.sequence import shard_sequence
+from osp_fast.parallel.mesh import SequenceGroup
+from osp_fast.parallel.sequence_plan import SequencePlan
 from osp_fast.parallel.world import World
 
 HALVES = 2
+GUIDANCE = "guidance"
 
 
 @dataclass(frozen=True)
 class SamplingMesh:
     """The ranks that share a clip, seen from one of them.
 
+    size: how many there are
     half: of guidance that this rank computes, 0 = negative prompt, 1 = prompt; None: both, or there is no guidance
     sequence: the ranks that share the tokens of this rank's batch; None: it computes all of them
-    partners: the two ranks with the same tokens of both halves; None: see `half`
     """
 
     size: int = 1
     half: int | None = None
-    sequence: dist.ProcessGroup | None = None
-    partners: dist.ProcessGroup | None = None
+    sequence: SequenceGroup | None = None
 
     @classmethod
     def of(cls, world: World, guided: bool, timeout_s: float) -> "SamplingMesh":
@@ -46,20 +47,21 @@ class SamplingMesh:
         if world.alone:
             return cls()
         if not guided or world.size % HALVES:
-            return cls(world.size, sequence=dist.group.WORLD)
+            return cls(world.size, None, SequenceGroup.of(world, world.size, timeout_s, GUIDANCE))
         length = world.size // HALVES
-        rows = [list(range(half * length, (half + 1) * length)) for half in range(HALVES)]
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        half, place = divmod(world.rank, length)
-        # Every rank makes every group, in the same order. A row of one rank needs none, a column of all has one.
-        timeout = timedelta(seconds=timeout_s)
-        sequences = [None if length == 1 else dist.new_group(row, timeout=timeout) for row in rows]
-        partners = [dist.group.WORLD if length == 1 else dist.new_group(column, timeout=timeout) for column in columns]
-        return cls(world.size, half, sequences[half], partners[place])
+        sequence = SequenceGroup.of(world, length, timeout_s, GUIDANCE) if length > 1 else None
+        return cls(world.size, world.rank // length, sequence)
 
-    def share(self, dit: DiT) -> DiT:
-        """Put the exchange of tokens into the DiT. Returns it."""
-        return shard_sequence(dit, self.sequence)
+    @property
+    def length(self) -> int:
+        """How many ranks share the tokens of a batch."""
+        return 1 if self.sequence is None else self.sequence.size
+
+    def share(self, dit: DiT, plan: SequencePlan, report: Callable[[str], None]) -> DiT:
+        """Put the exchange of tokens into the DiT; all ranks must call it, with the same plan. Returns it."""
+        if self.sequence is None:
+            return dit.share_tokens(None)
+        return dit.share_tokens(self.sequence.exchange(plan, dit.config.sparse_n, report))
 
     def exchange(self, prediction: Tensor) -> tuple[Tensor, Tensor]:
         """This half's prediction (B, C, T, H, W) -> the negative prompt's and the prompt's, the same bits on all ranks.
@@ -67,7 +69,8 @@ class SamplingMesh:
         Each rank sends the prediction once, 4 B C T H W bytes in float32. Only where `half` is not None. Raises
         `RankLost`.
         """
-        negative, positive = all_gather(prediction, self.partners)
+        partners = dist.group.WORLD if self.sequence is None else self.sequence.mesh.get_group(GUIDANCE)
+        negative, positive = all_gather(prediction, partners)
         return negative, positive
 
     def agree(self, sums: Tensor) -> Tensor:
@@ -90,8 +93,7 @@ class SamplingMesh:
             return f"{self.size} GPUs share each clip's tokens"
         if self.sequence is None:
             return "2 GPUs share each clip: one for the prompt, one for the negative prompt"
-        length = self.size // HALVES
         return (
-            f"{self.size} GPUs share each clip: {length} for the prompt and {length} for the negative prompt, each with"
-            " a part of the tokens"
+            f"{self.size} GPUs share each clip: {self.length} for the prompt and {self.length} for the negative prompt,"
+            " each with a part of the tokens"
         )

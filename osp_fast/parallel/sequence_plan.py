@@ -8,6 +8,7 @@ from osp_fast.config import SP_GRID, SP_MODES
 from osp_fast.errors import UserError
 
 AUTO, ULYSSES, SCOPE = SP_MODES
+MOST_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,17 @@ def sequence_plans(ranks: int, sparse_n: int) -> list[SequencePlan]:
     """All plans for a model with `sparse_n` skip sets (1: none), Ulysses first."""
     common = math.gcd(ranks, sparse_n)
     return [SequencePlan(ranks, scope) for scope in range(1, common + 1) if common % scope == 0]
+
+
+def heads_in_rounds(heads: int, ranks: int) -> list[int]:
+    """Heads that go to so many ranks in each round: one travels while another is computed.
+
+    Every rank has heads of each round, so there is a single one where a rank has one head, or none.
+    """
+    each = heads // ranks
+    rounds = max(1, min(each, MOST_ROUNDS))
+    parts = [(each // rounds + (number < each % rounds)) * ranks for number in range(rounds)]
+    return [*parts[:-1], heads - sum(parts[:-1])]
 
 
 def plan_of_mode(mode: str, ranks: int, sparse_n: int) -> SequencePlan | None:

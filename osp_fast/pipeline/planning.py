@@ -21,6 +21,7 @@ from osp_fast.models.wfvae_plan import Task
 from osp_fast.pipeline.decoding import pixel_type
 from osp_fast.pipeline.folders import ModelFolders
 from osp_fast.pipeline.settings import ClipSettings
+from osp_fast.pipeline.team import Team
 
 RELEASED_DIT, RELEASED_VAE = "OpenSoraT2V_v1_3-2B/122", "WFVAEModel_D8_4x8x8"
 
@@ -56,7 +57,7 @@ class Budget:
     """What a pipeline from folders may hold on its device.
 
     memory: bytes, None: what is free on a GPU before the first run; on a CPU nothing is planned then
-    ranks: that share a clip; rates: of the device, by default of the GPU that is there
+    team: the ranks that share a clip; rates: of the device, by default of the GPU that is there
     """
 
     def __init__(
@@ -65,10 +66,10 @@ class Budget:
         device: torch.device,
         memory: int | None,
         save_memory: bool = False,
-        ranks: int = 1,
+        team: Team | None = None,
         rates: DeviceModel | None = None,
     ):
-        self._folders, self._device, self._ranks, self._rates = folders, device, ranks, rates
+        self._folders, self._device, self._team, self._rates = folders, device, team, rates
         self._given, self._save_memory = memory, save_memory
         self.plan = lru_cache(maxsize=16)(self._plan)
 
@@ -84,7 +85,7 @@ class Budget:
         """Of a run of so many clips, each of so many model calls. Raises `UserError` if nothing fits."""
         if self._given is None and self._device.type == "cpu":
             return None
-        folders, shapes, device = self._folders, self._shapes, self._device
+        folders, shapes, device, team = self._folders, self._shapes, self._device, self._team
         facts = SamplingFacts(
             dit=shapes.dit,
             dtype=folders.dtype,
@@ -108,7 +109,8 @@ class Budget:
             path=selected_path(device),
             step_cache=settings.step_cache is not None,
             save_memory=self._save_memory,
-            ranks=self._ranks,
+            ranks=1 if team is None else team.ranks,
+            sequence=None if team is None else team.settle(settings, shapes.dit),
             refiner_new_tokens=folders.refiner_max_tokens,
             vae_memory=settings.vae_memory,
             most_latent_frames=settings.most_latent_frames,

@@ -34,7 +34,7 @@ class Networks:
     """What a pipeline works with.
 
     config: the DiT's; shape_of_vae: the VAE, or one like it without weights
-    team: how ranks share a clip, as soon as the DiT is there
+    teamwork: how ranks share a clip, as soon as the DiT is there
     """
 
     device: torch.device
@@ -44,7 +44,7 @@ class Networks:
     vae: Held[WFVAE]
     text_encoder: Held[TextEncoder]
     refiner: Held[PromptRefiner] | None = None
-    team: Teamwork | None = None
+    teamwork: Teamwork | None = None
 
 
 class Run:
@@ -116,7 +116,7 @@ class Run:
             networks.device,
             replace_forward=self._graphed,
             in_turns=plan is not None and plan.guidance_in_turns,
-            team=lambda: networks.team or Teamwork(),
+            team=lambda: networks.teamwork or Teamwork(),
         )
 
     def decoder(self, tiles: Tiles | None = None) -> Decoder:
@@ -140,7 +140,7 @@ class Run:
     def _graphed(self, dit: DiT) -> Callable[..., Tensor] | None:
         """The DiT as a CUDA graph, where that can be: what changes from step to step cannot be in one."""
         networks = self._networks
-        changes = self.settings.step_cache is not None or networks.team is not None or networks.dit.leaves
+        changes = self.settings.step_cache is not None or networks.teamwork is not None or networks.dit.leaves
         streams = self.plan is not None and self.plan.dit_streamed
         if networks.device.type != "cuda" or self._cuda_graphs is False or changes or streams:
             return None

@@ -21,8 +21,8 @@ from osp_fast.pipeline.folders import ModelFolders
 from osp_fast.pipeline.networks import Held
 from osp_fast.pipeline.planning import Budget
 from osp_fast.pipeline.run import Networks, Report, Run, silent
-from osp_fast.pipeline.sampler import Teamwork
 from osp_fast.pipeline.settings import ClipSettings
+from osp_fast.pipeline.team import Team
 
 # prompt_index, sample_index, model calls done, of how many
 OnStep = Callable[[int, int, int, int], None]
@@ -65,6 +65,7 @@ class VideoPipeline:
             vae,
             *(Held(place, network, leaves=save_memory) for network in (dit, vae, text_encoder)),
         )
+        self._team: Team | None = None
         self._budget: Budget | None = None
         self._cuda_graphs: bool | None = False
 
@@ -79,8 +80,7 @@ class VideoPipeline:
         save_memory: bool = False,
         cuda_graphs: bool | None = None,
         keep: bool = False,
-        ranks: int = 1,
-        join: Callable[[DiT], Teamwork] | None = None,
+        team: Team | None = None,
         report: Report = silent,
     ) -> "VideoPipeline":
         """Networks that are loaded for inference when they are first needed. Raises `UserError`, also later.
@@ -88,7 +88,7 @@ class VideoPipeline:
         memory_budget: bytes on the device for all of it, None: what is free
         cuda_graphs: the DiT as a graph, None: where it measures faster
         keep: the text encoder stays in CPU memory, for more than one call of `generate`
-        ranks, join: how many share a clip; what makes a DiT that was loaded one of them
+        team: the ranks that share each clip, None: there is one
         report: gets lines for the user
         """
         self = cls.__new__(cls)
@@ -96,7 +96,7 @@ class VideoPipeline:
         config = folders.check(place)
 
         def joined(dit: DiT) -> None:
-            self.networks.team = None if join is None else join(dit)
+            self.networks.teamwork = None if team is None else team.join(dit)
 
         self.recipe = recipe
         self.networks = Networks(
@@ -108,7 +108,8 @@ class VideoPipeline:
             folders.held_text_encoder(place, keep, report),
             folders.held_refiner(place, keep, report),
         )
-        self._budget = Budget(folders, place, memory_budget, save_memory, ranks)
+        self._team = team
+        self._budget = Budget(folders, place, memory_budget, save_memory, team)
         self._cuda_graphs = cuda_graphs
         return self
 
@@ -118,6 +119,8 @@ class VideoPipeline:
         Raises `UserError` if the settings do not fit together, or into the memory.
         """
         run = Run(self.networks, settings, self.recipe, None, self._cuda_graphs, report)
+        if self._team is not None:
+            self._team.settle(settings, self.networks.config)
         if self._budget is not None:
             run.plan = self._budget.plan(settings, clips, run.calls)
             for line in [] if run.plan is None else run.plan.lines():

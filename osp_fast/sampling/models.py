@@ -13,12 +13,11 @@ from osp_fast.data.captions import clean_caption
 from osp_fast.device import resolve_dtype
 from osp_fast.engine.cuda_graphs import check_cuda_graphs
 from osp_fast.models.attention_backends import resolve_attention
-from osp_fast.models.dit import DiT
 from osp_fast.models.lora_files import agreed_recipe, load_lora
 from osp_fast.models.text_encoder import find_folder, read_facts
 from osp_fast.models.weights import read_recipe
 from osp_fast.pipeline import ClipSettings, ModelFolders, Parametrization, VideoPipeline, resolve_parametrization
-from osp_fast.pipeline.sampler import Teamwork
+from osp_fast.pipeline.team import Team
 from osp_fast.sampling.folders import find_dit, find_lora
 from osp_fast.sampling.texts import fingerprint
 
@@ -80,8 +79,7 @@ class Models:
         self,
         report: Callable[[str], None],
         keep: bool = False,
-        ranks: int = 1,
-        join: Callable[[DiT], Teamwork] | None = None,
+        team: Team | None = None,
     ) -> VideoPipeline:
         """See `VideoPipeline.from_folders`. Raises `UserError`."""
         return VideoPipeline.from_folders(
@@ -92,8 +90,7 @@ class Models:
             save_memory=self.config.save_memory,
             cuda_graphs=self.config.cuda_graphs,
             keep=keep,
-            ranks=ranks,
-            join=join,
+            team=team,
             report=report,
         )
 

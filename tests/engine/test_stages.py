@@ -28,7 +28,9 @@ from osp_fast.models.transformers_folder import network_on_meta
 from osp_fast.models.wfvae import WFVAE, WFVAE_CONFIGS
 from osp_fast.models.wfvae_plan import Task
 from osp_fast.models.wfvae_trace import LiveBytes
-from osp_fast.parallel.sequence import Ulysses
+from osp_fast.parallel.links import Link
+from osp_fast.parallel.sequence import SequenceExchange
+from osp_fast.parallel.sequence_plan import SequencePlan
 from osp_fast.pipeline.decoding import Decoder
 from osp_fast.pipeline.networks import Held
 from osp_fast.pipeline.sampler import ClipSampler
@@ -232,24 +234,26 @@ def test_text_stages_take_what_is_predicted():
         assert predicted == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize("plan", [SequencePlan(3), SequencePlan(4, 4), SequencePlan(4, 2)], ids=SequencePlan.describe)
 @torch.no_grad()
-def test_ranks_that_share_a_clip_need_less():
+def test_ranks_that_share_a_clip_need_less(plan):
     """As the exchange between ranks really allocates, in a group whose other ranks need not exist."""
     workload = Workload(2, (5, 16, 18), 16, torch.float32, torch.float32, "reference", "reference", compiled=False)
     dit = DiT.create(TINY, 0).requires_grad_(False)
-    with fake_world(3), LiveBytes() as trace:
-        dit.share_tokens(Ulysses.of(dist.group.WORLD))
+    with fake_world(plan.ranks), LiveBytes() as trace:
+        groups = (range(plan.ranks), range(plan.heads), range(0, plan.ranks, plan.heads))
+        links = [Link(dist.new_group(list(group)).group_name) for group in groups]
+        dit.share_tokens(SequenceExchange(plan, 0, TINY.sparse_n, *links))
         text = dit.text_context(torch.zeros(2, 16, TINY.caption_channels), torch.ones(2, 16))
         dit(torch.zeros(2, 8, *workload.latent_size), dit.time_context(torch.zeros(2)), text)
-    alone, shared = (denoising_bytes(TINY, workload, calls=2, ranks=ranks).peak for ranks in (1, 3))
+    alone, shared = (denoising_bytes(TINY, replace(workload, sequence=each), calls=2).peak for each in (None, plan))
     assert shared == pytest.approx(trace.peak, rel=0.1) and shared < 0.5 * alone
 
 
 def test_ranks_divide_guidance():
-    ways = {ranks: (small_facts(ranks=ranks).batches, small_facts(ranks=ranks).ranks_of_half) for ranks in (1, 2, 3, 4)}
+    ways = {ranks: small_facts(ranks=ranks).batches for ranks in (1, 2, 3, 4)}
     both = [(2, 1), (1, 2)]
-    assert ways == {1: (both, 1), 2: ([(1, 1)], 1), 3: (both, 3), 4: ([(1, 1)], 2)}
-    assert small_facts(ranks=4, guided=False).ranks_of_half == 4
+    assert ways == {1: both, 2: [(1, 1)], 3: both, 4: [(1, 1)]}
 
 
 def test_copies_hide_behind_what_is_computed():

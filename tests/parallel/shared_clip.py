@@ -1,11 +1,15 @@
 """What the ranks of `test_sequence.py` run, and what one rank computes for comparison."""
 
+import itertools
 import os
 import signal
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDEN = Path(__file__).parents[1] / "golden/dit"
 STEPS, SCALE = 3, 4.0
@@ -53,20 +57,35 @@ def five_heads_inputs(*size: int) -> dict:
     )
 
 
-@torch.no_grad()
-def predictions(golden, five) -> dict[str, torch.Tensor]:
-    """105, 45 and 2 tokens; 2 and 5 heads; with masks and without."""
-    found = {}
-    for name, dit, inputs in (
+def cases(ranks: int) -> list[tuple[str, object, dict]]:
+    """Models and inputs: 105, 105, 300 and 2 tokens, 2 and 5 heads, with masks and without."""
+    from osp_fast.models.dit import DiT
+
+    golden, five = DiT.from_pretrained(GOLDEN), five_heads().requires_grad_(True)
+    every = [
         ("golden", golden, golden_inputs(False)),
         ("golden, latent mask", golden, golden_inputs(True)),
-        ("five heads", five, five_heads_inputs(3, 6, 10)),
+        ("five heads", five, five_heads_inputs(5, 12, 20)),
         ("two tokens", five, five_heads_inputs(1, 2, 4)),
-    ):
-        found[name] = dit(**inputs)
-        context = dit.text_context(inputs.pop("text"), inputs.pop("text_mask"))
-        found[f"{name}, text context"] = dit(text=context, **inputs)
-    return found
+    ]
+    return every if ranks < 8 else every[1:3]
+
+
+def with_gradients(dit, inputs: dict) -> dict[str, torch.Tensor]:
+    """The prediction, and the gradients of a loss that weighs each of its numbers in another way."""
+    dit.zero_grad()
+    prediction = dit(**inputs)
+    (prediction * drawn(*prediction.shape, seed=7)).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in dit.named_parameters() if parameter.grad is not None}
+    return {"prediction": prediction.detach(), **gradients}
+
+
+@torch.no_grad()
+def cached_text(dit, inputs: dict) -> torch.Tensor:
+    """The prediction with what depends on the text made before."""
+    inputs = dict(inputs)
+    context = dit.text_context(inputs.pop("text"), inputs.pop("text_mask"))
+    return dit(text=context, **inputs)
 
 
 def denoised(dit, mesh, steps: int, threshold: float | None = None) -> tuple[torch.Tensor, int]:
@@ -94,77 +113,134 @@ def denoised(dit, mesh, steps: int, threshold: float | None = None) -> tuple[tor
     return latents, 0 if cache is None else cache.skipped
 
 
-class Counted:
-    """Bytes that this rank sends to others, by collective, within the block."""
+class Counted(TorchDispatchMode):
+    """Bytes that this rank sends to others within the block, and how often it does, forward and backward."""
 
-    def __enter__(self):
+    def __init__(self, group=None):
+        super().__init__()
+        self.bytes = self.times = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         import torch.distributed as dist
 
-        self.all_to_all = self.all_gather = 0
-        self.honest = dist.all_to_all_single, dist.all_gather
-        to_all, gather = self.honest
+        if function is torch.ops._c10d_functional.all_to_all_single.default:
+            x, _, sent, group = args
+            place = dist.get_rank(dist.distributed_c10d._resolve_process_group(group))
+            self.bytes += (sum(sent) - sent[place]) * x.element_size()
+            self.times += 1
+        return function(*args, **(kwargs or {}))
 
-        def counting_to_all(out, x, received, sent, group):
-            others = sum(sent) - sent[dist.get_rank(group)]
-            self.all_to_all += others * x.element_size()
-            to_all(out, x, received, sent, group=group)
 
-        def counting_gather(out, x, group):
-            self.all_gather += x.numel() * x.element_size()
-            gather(out, x, group=group)
+class FileBuffer:
+    """A `PeerBuffer` of processes: a file for each rank, which all of them have mapped."""
 
-        dist.all_to_all_single, dist.all_gather = counting_to_all, counting_gather
-        return self
-
-    def __exit__(self, *error):
+    def __init__(self, stem: Path, rank: int, group: str, size: int):
         import torch.distributed as dist
 
-        dist.all_to_all_single, dist.all_gather = self.honest
+        self.stem, self.size, self.group = stem, size, dist.distributed_c10d._resolve_process_group(group)
+        Path(f"{stem}-{rank}").write_bytes(b"\xff" * size)  # NaN, wherever a rank reads too early
+        self.barrier(0)
+
+    def of(self, rank: int, first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        whole = torch.from_file(f"{self.stem}-{rank}", shared=True, size=self.size, dtype=torch.uint8)
+        return whole.view(dtype)[first : first + count]
+
+    def barrier(self, channel: int) -> None:
+        import torch.distributed as dist
+
+        dist.barrier(self.group)
 
 
-def backward_is_refused(dit) -> str:
-    """What a backward pass through the exchange says."""
-    dit.proj_out.requires_grad_()
-    try:
-        dit(**golden_inputs(False)).sum().backward()
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        dit.requires_grad_(False)
-    return "no error"
+class AtOnce:
+    """A `Lane` on which copies run while they are launched."""
+
+    behind = staticmethod(nullcontext)
+
+    def mark(self) -> str:
+        return "done"
+
+    def wait(self, mark: str) -> None:
+        assert mark == "done"
 
 
-@torch.no_grad()
-def compiled(mesh) -> torch.Tensor:
-    from osp_fast.engine.compile import compile_blocks
+def through_files(exchange, folder: Path) -> None:
+    """Let an exchange without gradients go through `PeerMemory`."""
+    import torch.distributed as dist
 
-    dit = compile_blocks(mesh.share(five_heads()), 1, "eager")
-    return dit(**five_heads_inputs(3, 6, 10))
+    from osp_fast.parallel.peer_memory import PeerMemory
+
+    for name in ("everyone", "scope", "others"):
+        link, made = getattr(exchange, name), itertools.count()
+        ranks = dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(link.group))
+
+        def allocate(size: int, stem=folder / f"{name}-{ranks[0]}", link=link, made=made) -> FileBuffer:
+            return FileBuffer(Path(f"{stem}-{next(made)}"), link.rank, link.group, size)
+
+        setattr(exchange, name, replace(link, peers=PeerMemory(link.rank, len(ranks), allocate, AtOnce())))
 
 
 def share_clips(folder: str) -> None:
     """All checks of one number of ranks; what each found goes to `folder`."""
-    from osp_fast.models.dit import DiT
+    import torch.distributed as dist
+
     from osp_fast.parallel.guidance import SamplingMesh
+    from osp_fast.parallel.mesh import SequenceGroup
+    from osp_fast.parallel.sequence_plan import sequence_plans
     from osp_fast.parallel.world import open_world
 
     with open_world("cpu", TIMEOUT_S, TIMEOUT_S, print) as world:
-        golden, five = DiT.from_pretrained(GOLDEN).requires_grad_(False), five_heads()
-        whole, guided = (SamplingMesh.of(world, guided, TIMEOUT_S) for guided in (False, True))
-        for dit in (golden, five):
-            whole.share(dit)
-        found = {"predictions": predictions(golden, five), "describe": (whole.describe(), guided.describe())}
-        with Counted() as prediction, torch.no_grad():
-            five(**five_heads_inputs(3, 6, 10))
-        if world.size == 2:
-            found["backward"] = backward_is_refused(golden)
-            found["compiled"] = compiled(whole)
-        guided.share(golden)
-        with Counted() as clip:
-            found["latents"], _ = denoised(golden, guided, STEPS)
-        found["cached"] = denoised(golden, guided, CACHED_STEPS, THRESHOLD)
-        found["bytes"] = (prediction.all_to_all, prediction.all_gather, clip.all_to_all, clip.all_gather)
-        torch.save(found, Path(folder, f"{world.rank}.pt"))
+        group = SequenceGroup.of(world, world.size, TIMEOUT_S)
+        found, models = {}, cases(world.size)
+        for plan in sequence_plans(world.size, 4):
+            exchange = group.exchange(plan, 4)
+            for name, dit, inputs in models:
+                dit.share_tokens(exchange)
+                with Counted() as forward, torch.no_grad():
+                    whole = dit(**inputs)
+                with Counted() as both:
+                    results = with_gradients(dit, inputs)
+                assert torch.equal(whole, results["prediction"])
+                for gradient in list(results.values())[1:]:
+                    dist.all_reduce(gradient)
+                results["prediction, text context"] = cached_text(dit, inputs)
+                through = Path(folder, f"{plan.scope}-{name}")
+                through.mkdir(exist_ok=True)
+                through_files(exchange, through)
+                with Counted() as nothing, torch.no_grad():
+                    assert torch.equal(dit(**inputs), whole)
+                exchange = group.exchange(plan, 4)
+                assert nothing.times == 1  # what is gathered in the end has no slot
+                found[plan.scope, name] = dict(
+                    results=results if world.rank == 0 else {"prediction": whole},
+                    sent=(forward.bytes, both.bytes - forward.bytes),
+                )
+        torch.save(found, Path(folder, f"clips-{world.rank}.pt"))
+        mesh, golden = SamplingMesh.of(world, True, TIMEOUT_S), models[0][1].requires_grad_(False)
+        mesh.share(golden, sequence_plans(mesh.length, 4)[-1], print)
+        clips = dict(describe=mesh.describe(), latents=denoised(golden, mesh, STEPS)[0])
+        clips["cached"] = denoised(golden, mesh, CACHED_STEPS, THRESHOLD)
+        torch.save(clips, Path(folder, f"guided-{world.rank}.pt"))
+
+
+def train_on_shared_weights(folder: str) -> None:
+    """Compiled blocks that recompute all, and weights that are spread over the same two ranks (FSDP2)."""
+    from osp_fast.engine.compile import compile_blocks
+    from osp_fast.engine.levels import Level
+    from osp_fast.parallel.apply import shard_dit
+    from osp_fast.parallel.mesh import SequenceGroup, make_mesh
+    from osp_fast.parallel.sequence_plan import sequence_plans
+    from osp_fast.parallel.world import open_world
+
+    with open_world("cpu", TIMEOUT_S, TIMEOUT_S, print) as world:
+        group = SequenceGroup.of(world, world.size, TIMEOUT_S)
+        dit = five_heads().requires_grad_(True).recompute_blocks(Level.NOTHING.recompute())
+        dit.share_tokens(group.exchange(sequence_plans(world.size, 4)[-1], 4))
+        shard_dit(compile_blocks(dit, 1, "aot_eager"), make_mesh("cpu", world.size))
+        found = with_gradients(dit, five_heads_inputs(5, 12, 20))
+        # FSDP takes the mean of what are parts of a sum.
+        gradients = {name: x.full_tensor() * world.size for name, x in found.items() if name != "prediction"}
+        if world.is_first:
+            torch.save(found | gradients, Path(folder, "trained.pt"))
 
 
 def lose_a_rank(how: str) -> None:
@@ -172,6 +248,7 @@ def lose_a_rank(how: str) -> None:
     from osp_fast.errors import run_entry_point
     from osp_fast.models.dit import DiT
     from osp_fast.parallel.guidance import SamplingMesh
+    from osp_fast.parallel.sequence_plan import sequence_plans
     from osp_fast.parallel.world import open_world
 
     timeout_s = 3.0 if how == "stopped" else TIMEOUT_S
@@ -179,6 +256,7 @@ def lose_a_rank(how: str) -> None:
     def run() -> None:
         with open_world("cpu", TIMEOUT_S, timeout_s, print) as world:
             mesh = SamplingMesh.of(world, True, timeout_s)
+            plan = sequence_plans(mesh.length, 4)[-1]
             dit = DiT.from_pretrained(GOLDEN)
             calls = []
 
@@ -190,7 +268,7 @@ def lose_a_rank(how: str) -> None:
             dit.transformer_blocks[3].register_forward_hook(trouble)
             with world.together():
                 if how != "killed later":
-                    denoised(mesh.share(dit), mesh, STEPS)
+                    denoised(mesh.share(dit, plan, print), mesh, STEPS)
                 elif world.rank == 2:
                     denoised(dit, SamplingMesh(), STEPS)
 
