@@ -16,7 +16,7 @@ from osp_fast.sample_files import ClipFiles, Grid, clip_path, versions
 # What a clip does not depend on, or by rounding only: a clip is finished whatever these were.
 WITHOUT_EFFECT = {
     *("text_prompt", "num_samples_per_prompt", "save_img_path", "overwrite", "dry_run", "preset", "cache_dir"),
-    *("device", "sp", "start_timeout", "compile", "cuda_graphs"),
+    *("device", "sp", "sp_mode", "start_timeout", "compile", "cuda_graphs"),
     *("memory_budget", "save_memory", "vae_memory", "enable_tiling", "versions", "step_cache_skipped", "calls"),
 }
 

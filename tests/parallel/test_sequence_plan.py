@@ -3,7 +3,7 @@
 import pytest
 
 from osp_fast.errors import UserError
-from osp_fast.parallel.sequence_plan import SequencePlan, plan_of_mode, sequence_plans
+from osp_fast.parallel.sequence_plan import SequencePlan, heads_in_rounds, plan_of_mode, sequence_plans
 
 
 def test_ranks_are_scope_times_heads():
@@ -38,6 +38,12 @@ def test_plans_in_words():
 def test_a_scope_divides_ranks_and_skip_sets(ranks, sparse_n, scopes):
     plans = sequence_plans(ranks, sparse_n)
     assert [plan.scope for plan in plans] == scopes and {plan.ranks for plan in plans} == {ranks}
+
+
+def test_heads_travel_in_rounds_of_which_every_rank_has_some():
+    rounds = {(24, 8): [16, 8], (24, 2): [12, 12], (24, 24): [24], (24, 32): [24], (25, 2): [12, 13], (5, 2): [2, 3]}
+    assert {key: heads_in_rounds(*key) for key in rounds} == rounds
+    assert all(len(parts) == 1 or min(parts) >= ranks for (_, ranks), parts in rounds.items())
 
 
 def test_what_the_flag_names():

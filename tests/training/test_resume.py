@@ -52,6 +52,7 @@ SILENT = {
     "run.dry_run",
     "run.offload_ema",
     "run.sp_size",
+    "run.sp_mode",
     "run.train_sp_batch_size",
     "run.deterministic",
     "run.device",
