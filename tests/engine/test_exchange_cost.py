@@ -160,10 +160,10 @@ def test_tokens_move_behind_the_feed_forward():
 def test_what_does_not_shrink_with_more_gpus():
     """Texts, and the rank with the most heads: 64 ranks have 24 of them."""
     alone, many = (shared(SequencePlan(ranks)).training() for ranks in (1, 64))
-    assert many.products > 1.02 * alone.products / 64
+    assert many.products > 1.1 * alone.products / 64
     assert many.attention > 1.5 * alone.attention / 64
-    prepared = [replace(shared(SequencePlan(ranks)), prepared=True).forward() for ranks in (1, 64)]
-    assert prepared[1].products == pytest.approx(prepared[0].products / 64)
+    prepared = [replace(shared(SequencePlan(ranks)), prepared=True).forward() for ranks in (1, 8)]
+    assert prepared[1].products == pytest.approx(prepared[0].products / 8)
 
 
 def test_recomputing_exchanges_once_more():
