@@ -6,12 +6,13 @@ computing between is added.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
-from osp_fast.engine.cost import FORWARD_PASSES, Workload, block_flops, link_bytes, outer_flops, pass_bytes, tokens_of
+from osp_fast.engine.cost import Workload
 from osp_fast.engine.devices import DeviceModel
+from osp_fast.engine.exchange_cost import SharedWork
 from osp_fast.engine.forward_peak import DecodingWork
 from osp_fast.models.dit import DiTConfig
 from osp_fast.models.wfvae_plan import Task
@@ -55,28 +56,10 @@ def step_seconds(config: DiTConfig, workload: Workload, turns: int, streaming: S
 
     workload: of one call of the DiT; turns: such calls in a step
     """
-    one_pass = pass_bytes(config, workload) / device.copy_bytes
+    work = SharedWork(config, workload, device, prepared=True)
     reading = streaming.block_bytes / device.copy_bytes
-    ranks = 1 if workload.sequence is None else workload.sequence.ranks
-    exchange = _exchange_seconds(config, workload, ranks, device)
-    seconds = {}
-    for mode in {config.attention_mode(index) for index in range(config.num_layers)}:
-        flops = block_flops(config, mode, replace(workload, text_tokens=0))
-        cross = block_flops(config, mode, workload).cross_attention
-        computing = flops.products / device.matmul_flops
-        computing += (flops.self_attention + cross) / device.attention_forward + FORWARD_PASSES * one_pass
-        seconds[mode] = computing / ranks + reading + exchange
-    blocks = [seconds[config.attention_mode(index)] for index in range(config.num_layers)]
-    outside = outer_flops(config, replace(workload, text_tokens=0)) / device.matmul_flops
-    return turns * (pass_seconds(blocks, streaming, device) + outside)
-
-
-def _exchange_seconds(config: DiTConfig, workload: Workload, ranks: int, device: DeviceModel) -> float:
-    """Of the two all-to-alls of a block: about 4 B N H D s (m - 1) / m^2 bytes from each of m ranks."""
-    if ranks == 1:
-        return 0.0
-    tokens = workload.clips * tokens_of(config, workload.latent_size)
-    return 4 * tokens * config.width * workload.dtype.itemsize * (ranks - 1) / ranks**2 / link_bytes(device, ranks)
+    blocks = [each.total + reading for each in work.blocks()]
+    return turns * (pass_seconds(blocks, streaming, device) + work.outside().total)
 
 
 def text_seconds(
