@@ -84,6 +84,12 @@ def _sample(arguments: argparse.Namespace, load: Callable) -> int:
     return run_sample(cases, arguments.tiny, arguments.json, thresholds, arguments.memory_budget)
 
 
+def _parallel(arguments: argparse.Namespace, load: Callable) -> int:
+    from bench.parallel import run_parallel
+
+    return run_parallel(arguments.json, arguments.markdown)
+
+
 def _compare(arguments: argparse.Namespace, load: Callable) -> int:
     from bench.compare import run_compare
 
@@ -155,6 +161,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--memory_budget", nargs="+", type=_amount, default=(), metavar="BYTES", help=words)
     where = "where results go (bench/results)"
     sample.add_argument("--json", "--out", dest="json", type=Path, default=RESULTS, metavar="DIR", help=where)
+
+    parallel = add("parallel", _parallel, "what sharing a clip among GPUs costs, predicted; needs no GPU")
+    parallel.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    parallel.add_argument("--markdown", action="store_true", help="print what docs/parallel.md has of it")
 
     compare = add("compare", _compare, "two result files of run, or two of static: what changed")
     compare.add_argument("before", type=Path, metavar="A.json")

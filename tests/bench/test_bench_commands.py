@@ -69,7 +69,7 @@ def test_the_bench_needs_neither_video_nor_diffusion_libraries():
     ]
     assert "bench.baselines.skiparse_attention" in modules
     whole_model = [
-        name for name in modules if name.startswith(("bench.train", "bench.sample"))
+        name for name in modules if name.startswith(("bench.train", "bench.sample", "bench.parallel"))
     ]  # these need safetensors
     others = [name for name in modules if name not in whole_model]
     assert whole_model
