@@ -18,13 +18,11 @@ tokens' part, to be added up over the group. `exchange_cost.py` has the bytes, a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-
-import osp_fast.parallel.soon  # isort: skip  # noqa: F401 temporary
 
 from osp_fast.kernels.piece_projection import project_pieces
 from osp_fast.kernels.rope3d import Rope3D, rope3d
@@ -106,8 +104,9 @@ class SequenceExchange:
             else:
                 out = layer.attend(q, k, v, tokens, *mode) if q.shape[2] else q
             back.append(link.begin(pack_output(out, each), output_splits(each), f"output {number}"))
-        pieces = [link.arrived(x, output_splits(each)) for x, each in zip(back, layouts, strict=True)]
-        return _project(layer.out, pieces, layouts)
+        # One after the other: the first is multiplied while the second travels.
+        pieces = (link.arrived(x, output_splits(each)) for x, each in zip(back, layouts, strict=True))
+        return _project(layer.out, pieces, layouts, qkv.dtype)
 
     def move(self, compute: Callable[[slice], Tensor], tokens: int) -> Tensor:
         """Let tokens move to where the next block, which skips in the other way, has them.
@@ -196,15 +195,16 @@ def _attend_units(
     return torch.cat(outs, 2)
 
 
-def _project(out: nn.Module, buffers: Sequence[Tensor], layouts: Sequence[SequenceLayout]) -> Tensor:
-    """The output projection (B, n, width) of what has come back."""
+def _project(
+    out: nn.Module, buffers: Iterable[Tensor], layouts: Sequence[SequenceLayout], dtype: torch.dtype
+) -> Tensor:
+    """The output projection (B, n, width) of what comes back."""
     # An adapter's layer takes the whole, and so do units, whose sets would have to be interleaved.
     if type(out) is not nn.Linear or layouts[0].sets > 1:
         heads = [unpack_output(buffer, layout) for buffer, layout in zip(buffers, layouts, strict=True)]
         return out((heads[0] if len(heads) == 1 else torch.cat(heads, 2)).flatten(2))
-    y, dtype = None, buffers[0].dtype
+    y, bias = None, out.bias.to(dtype)
     columns = out.weight.to(dtype).split([layout.heads * layout.head_dim for layout in layouts], 1)
     for buffer, weight, layout in zip(buffers, columns, layouts, strict=True):
-        bias = out.bias.to(dtype) if y is None and out.bias is not None else None
-        y = project_pieces(buffer, weight, bias, layout, y)
+        y = project_pieces(buffer, weight, bias if y is None else None, layout, y)
     return y
