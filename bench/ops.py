@@ -13,6 +13,7 @@ MODULES = (
     "osp_fast.kernels.adaln_spec",
     "osp_fast.kernels.rope3d_spec",
     "osp_fast.kernels.sequence_pack_spec",
+    "osp_fast.kernels.piece_projection_spec",
     "osp_fast.kernels.haar_spec",
     "osp_fast.kernels.channel_norm_spec",
     "osp_fast.kernels.causal_conv3d_spec",
