@@ -53,7 +53,7 @@ def predicted_seconds(config: DiTConfig, case: Case, gpu: str) -> float:
     """Of the engine's step; at an H100's rates where the GPU's are not known."""
     workload = Workload(2, case.latent_size, case.text_tokens, weight_dtype=torch.bfloat16)
     block = weight_bytes(dit_on_meta(config, torch.bfloat16).transformer_blocks[0])
-    return step_seconds(config, workload, 1, 1, Streaming(block_bytes=block), find_device(gpu) or H100)
+    return step_seconds(config, workload, 1, Streaming(block_bytes=block), find_device(gpu) or H100)
 
 
 def sample_table(rows: Sequence[dict[str, Any]], steps: int) -> str:

@@ -8,7 +8,7 @@ from osp_fast.kernels.launch import forced_path
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from osp_fast.engine.cost import Sharding, Workload, predict_step
+from osp_fast.engine.cost import Sharding, Workload, block_flops, predict_step, step_flops
 from osp_fast.engine.devices import A100_80, H100
 from osp_fast.engine.exchange_cost import (
     LATENCY_S,
@@ -110,15 +110,20 @@ def test_equal_shares_send_what_the_short_formulas_say():
 
 
 def test_one_gpu_is_predicted_as_before():
-    """`cost.py` and `sampling_cost.py` know one GPU."""
+    """Products + attention + passes; in sampling without the text's own."""
     for lora_rank in (None, 16):
         workload = replace(CLIP, lora_rank=lora_rank, weight_dtype=torch.float32)
         sharding = Sharding(1, 1, WEIGHTS, WEIGHTS, WEIGHTS, optimizer_bytes=40, accumulation=3)
         before, now = (predict(BIG, workload, sharding, 0.25, H100) for predict in (predict_step, predict_shared_step))
         for name, value in vars(before).items():
             assert getattr(now, name) == pytest.approx(value, rel=1e-9), name
-    call = SharedWork(BIG, replace(CLIP, clips=2), prepared=True).forward()
-    assert call.total == pytest.approx(step_seconds(BIG, replace(CLIP, clips=2), 1, Streaming(), H100), rel=1e-6)
+    workload = replace(CLIP, clips=2)
+    call = SharedWork(BIG, workload, prepared=True).forward()
+    blocks = [block_flops(BIG, BIG.attention_mode(index), workload) for index in range(32)]
+    assert call.products == pytest.approx(step_flops(BIG, replace(workload, text_tokens=0)).products / 798e12, rel=1e-6)
+    assert call.attention == pytest.approx(sum(block.attention for block in blocks) / 600e12)
+    assert call.memory_bound == pytest.approx(32 * 23 * 2 * 38_400 * 2304 * 2 / 3e12)
+    assert call.total == pytest.approx(step_seconds(BIG, workload, 1, Streaming(), H100))
     assert call.exposed == call.exchange == 0
 
 
