@@ -145,7 +145,7 @@ def predict_row(config: DiTConfig, weights: int, clip: str, gpus: int) -> Row:
     usual, recomputed = work.training(), work.training(recompute_all=True)
     again = recomputed.computing - usual.computing
     step = predict_shared_step(config, workload, sharding, 0.0, H100)
-    slower = predict_shared_step(config, workload, sharding, again, H100).total + recomputed.exposed - usual.exposed
+    slower = predict_shared_step(config, workload, sharding, again, H100, range(config.num_layers)).total
     sampling_plan, sampling = predict_sampling(config, case.latent_size, tokens, case.text_tokens, gpus)
     return Row(
         clip,

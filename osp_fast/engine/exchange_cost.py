@@ -111,8 +111,18 @@ class SharedWork:
         backward = Seconds(self._backward_products * self.outside().products)
         seconds = [*self.blocks(), *self.blocks(backward=True), self.outside(), backward]
         if recompute_all:
-            seconds += self._recomputed()
+            again = {mode: self._block(mode) for mode in {mode for mode, _ in self._kinds}}
+            finish = Seconds(memory_bound=self._passes(FINISH_PASSES))
+            seconds += [part for mode, _ in self._kinds for part in (again[mode], finish)]
         return Seconds.sum(seconds)
+
+    def exposed_again(self, blocks: Iterable[int]) -> float:
+        """Seconds that backward waits for the exchange of blocks of these numbers which it recomputes.
+
+        Whatever else a block keeps, what it received is not kept. Nobody waits for the tokens that move again.
+        """
+        exposed = {mode: self._block(mode).exposed for mode in {mode for mode, _ in self._kinds}}
+        return sum(exposed[self._kinds[index][0]] for index in blocks)
 
     def blocks(self, backward: bool = False) -> Iterator[Seconds]:
         """Of each block, with the tokens that move behind it."""
@@ -217,12 +227,6 @@ class SharedWork:
         passes = self._passes(FINISH_PASSES + MOVE_PASSES)
         return Seconds(memory_bound=passes, exchange=sum(moving), exposed=exposed)
 
-    def _recomputed(self) -> Iterator[Seconds]:
-        """Of each block's forward once more; nobody waits for the tokens that move again."""
-        finish = Seconds(memory_bound=self._passes(FINISH_PASSES))
-        again = {mode: Seconds.sum([self._block(mode), finish]) for mode in {mode for mode, _ in self._kinds}}
-        yield from (again[mode] for mode, _ in self._kinds)
-
 
 def collective_seconds(sent: float, group: Sequence[int], device: DeviceModel = H100) -> float:
     """Of a collective of GPUs of these numbers, in which each sends so many bytes in all, to each other as many."""
@@ -246,11 +250,18 @@ def bytes_sent(
 
 
 def predict_shared_step(
-    config: DiTConfig, workload: Workload, sharding: Sharding, recompute: float, device: DeviceModel
+    config: DiTConfig,
+    workload: Workload,
+    sharding: Sharding,
+    recompute: float,
+    device: DeviceModel,
+    recomputed: Iterable[int] = (),
 ) -> StepSeconds:
     """`cost.predict_step` for clips that ranks may share: what the clips' exchange exposes is in `communication`.
 
     The weights' exchange is hidden behind computing as there; that both take the same links is not counted.
+
+    recompute: seconds of a micro-batch; recomputed: numbers of the blocks that do not keep everything
     """
     work = SharedWork(config, workload, device)
     forward, both, times = work.forward(), work.training(), sharding.accumulation
@@ -267,7 +278,7 @@ def predict_shared_step(
         memory_bound=times * (both.memory_bound + casts),
         recompute=times * recompute,
         update=update,
-        communication=weights + times * both.exposed,
+        communication=weights + times * (both.exposed + work.exposed_again(recomputed)),
     )
 
 

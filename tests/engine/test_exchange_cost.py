@@ -175,8 +175,15 @@ def test_recomputing_exchanges_once_more():
     usual, again = (shared(SequencePlan(4)).training(recompute_all=each) for each in (False, True))
     assert again.exchange / usual.exchange == pytest.approx(1.5, rel=0.01)
     assert again.exposed > 1.3 * usual.exposed and again.computing > 1.25 * usual.computing
+    every = shared(SequencePlan(4)).exposed_again(range(32))
+    assert again.exposed - usual.exposed == pytest.approx(every)
+    sharding = Sharding(4, 4, WEIGHTS, WEIGHTS, WEIGHTS // 4, optimizer_bytes=40)
+    workload = replace(CLIP, sequence=SequencePlan(4))
+    steps = [predict_shared_step(BIG, workload, sharding, 0.1, H100, blocks) for blocks in ((), (0, 1, 2))]
+    exposed = steps[1].communication - steps[0].communication
+    assert exposed == pytest.approx(every * 3 / 32, rel=0.2) and steps[1].recompute == 0.1
     moved = [shared(SequencePlan(4, 4)).training(recompute_all=each).exchange for each in (False, True)]
-    assert moved[0] < moved[1] < 1.5 * moved[0]
+    assert moved[0] < moved[1] < 1.5 * moved[0]  # what skips exchanges nothing in attention
 
 
 def test_the_plan_that_is_chosen_is_the_fastest():
