@@ -77,8 +77,8 @@ def project_pieces_ref(
 ) -> Tensor:
     """The reference: pieces side by side, one product in at least float32, outside of autocast."""
     wide = torch.promote_types(buffer.dtype, torch.float32)
-    rows = torch.cat(output_pieces(buffer, layout), 2).transpose(0, 1).to(wide)
     with torch.autocast(buffer.device.type, enabled=False):
+        rows = torch.cat(output_pieces(buffer, layout), 2).transpose(0, 1).to(wide)
         y = F.linear(rows, weight.to(wide), None if bias is None else bias.to(wide))
     return (y if add is None else y + add).to(buffer.dtype)
 

@@ -99,6 +99,7 @@ def row_kernel_build(
     narrow: int,
 ) -> KernelBuild:
     """A kernel over the tile of `rope3d_kernels` as it is launched, its `absent` pointers being None."""
+    absent += () if constants["POSITIONS"] else ("positions",)
     constants = {**constants, "ROWS": config.rows, **dict.fromkeys(absent)}
     signature = {}
     for argument in kernel.arg_names:
@@ -115,7 +116,7 @@ def row_kernel_build(
     return KernelBuild(
         kernel=kernel,
         arch=arch,
-        config=f"{label} {TRITON_TYPE[dtype]} D{constants['D']}{' norm' if constants['NORM'] else ''}, {config}",
+        config=f"{label} {TRITON_TYPE[dtype]} D{constants['D']}{_extras(constants)}, {config}",
         signature=signature,
         constants=constants,
         aligned=tuple(name for name, kind in signature.items() if kind.startswith("*") or "_stride_" in name),
@@ -129,29 +130,35 @@ def row_kernel_build(
 
 
 def builds(arch: int) -> list[KernelBuild]:
-    """Both kernels for the released model, with norm, in the other types, and for the smallest head of the tests."""
+    """Both kernels for the released model, with positions, with norm, in the other types; and for a smaller head."""
     found = []
-    for dtype, heads, head_dim, norm in (
-        (torch.bfloat16, 24, 96, False),
-        (torch.bfloat16, 24, 96, True),
-        (torch.float16, 24, 96, False),
-        (torch.float32, 24, 96, False),
-        (torch.float32, 24, 96, True),
-        (torch.bfloat16, 3, 48, False),
+    for dtype, heads, head_dim, norm, positions in (
+        (torch.bfloat16, 24, 96, False, False),
+        (torch.bfloat16, 24, 96, False, True),
+        (torch.bfloat16, 24, 96, True, False),
+        (torch.float16, 24, 96, False, False),
+        (torch.float32, 24, 96, False, False),
+        (torch.float32, 24, 96, True, False),
+        (torch.bfloat16, 3, 48, False, False),
     ):
-        shared = dict(H=heads, **rope3d_launch.tile_constants(head_dim), NORM=norm)
-        weights = () if norm else ("q_weight", "k_weight")
+        shared = dict(H=heads, **rope3d_launch.tile_constants(head_dim), POSITIONS=positions, NORM=norm)
+        weights, places = () if norm else ("q_weight", "k_weight"), NARROW_POSITIONS if positions else 0
         forward, backward = (
             rope3d_launch.candidates(name, arch, dtype, head_dim, norm)[0] for name in rope3d_launch.KERNELS
         )
-        found.append(row_kernel_build(rope3d_fwd_kernel, arch, dtype, "q and k", forward, shared, weights, 0))
+        found.append(row_kernel_build(rope3d_fwd_kernel, arch, dtype, "q and k", forward, shared, weights, places))
         absent = () if norm else ("q", "k", *weights, "weight_sums")
-        narrow = NARROW_WEIGHT_SUMS if norm else 0
+        narrow = NARROW_WEIGHT_SUMS if norm else places
         constants = {**shared, "HAS_V": True}
         found.append(row_kernel_build(rope3d_bwd_kernel, arch, dtype, "q, k, v", backward, constants, absent, narrow))
     return found
 
 
+def _extras(constants: dict[str, Any]) -> str:
+    return f"{' positions' if constants['POSITIONS'] else ''}{' norm' if constants['NORM'] else ''}"
+
+
+NARROW_POSITIONS = 1  # four bytes for each row
 NARROW_WEIGHT_SUMS = 4  # the sums of a program, stored once at its end
 
 

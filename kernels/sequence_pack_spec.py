@@ -13,7 +13,7 @@ import torch
 from osp_fast.kernels import sequence_pack_launch
 from osp_fast.kernels.rope3d import make_rope3d
 from osp_fast.kernels.rope3d_launch import tile_constants
-from osp_fast.kernels.rope3d_spec import CLIPS, NARROW_WEIGHT_SUMS, row_kernel_build
+from osp_fast.kernels.rope3d_spec import CLIPS, NARROW_POSITIONS, NARROW_WEIGHT_SUMS, row_kernel_build
 from osp_fast.kernels.sequence_pack import SequenceLayout, sequence_pack, sequence_pack_ref
 from osp_fast.kernels.sequence_pack_kernels import sequence_pack_kernel, sequence_unpack_kernel
 from osp_fast.kernels.sequence_pack_ops import NO_ROPE
@@ -90,33 +90,46 @@ def predicted(direction: str, **sizes: Any) -> float:
 
 
 def kernel_builds(
-    arch: int, dtype: torch.dtype, label: str, heads: int, head_dim: int, ranks: int, parts: int, rope: bool, norm: bool
+    arch: int,
+    dtype: torch.dtype,
+    label: str,
+    heads: int,
+    head_dim: int,
+    ranks: int,
+    parts: int,
+    rope: bool,
+    norm: bool,
+    sets: int = 1,
 ) -> list[KernelBuild]:
-    """Both kernels for q, k and v (parts = 3), or for one tensor."""
-    constants = dict(H=heads, **tile_constants(head_dim, 3 if rope else 1), RANKS=ranks)
-    constants |= dict(QK=parts == 3, ROPE=rope, NORM=norm)
+    """Both kernels for q, k and v (parts = 3), or for one tensor. Several sets: in runs of as many, with positions."""
+    constants = dict(H=heads, **tile_constants(head_dim, 3 if rope else 1), RANKS=ranks, SETS=sets, RUN=sets)
+    constants |= dict(QK=parts == 3, ROPE=rope, POSITIONS=rope and sets > 1, NORM=norm)
     weights = () if norm else ("q_weight", "k_weight")
     axes = () if rope else ("axes",)
     configs = [
         sequence_pack_launch.candidates(name, arch, dtype, head_dim, parts, norm)[0]
         for name in sequence_pack_launch.KERNELS
     ]
+    places = NARROW_POSITIONS if constants["POSITIONS"] else 0
     absent = (*axes, *weights, *(("q", "k") if parts == 1 else ()))
-    found = [row_kernel_build(sequence_pack_kernel, arch, dtype, label, configs[0], constants, absent, 0)]
+    found = [row_kernel_build(sequence_pack_kernel, arch, dtype, label, configs[0], constants, absent, places)]
     absent = (*axes, *weights, *(() if norm else ("q", "k", "weight_sums")))
     absent += ("q_out", "k_out") if parts == 1 else ()
-    narrow = NARROW_WEIGHT_SUMS if norm else 0
+    narrow = NARROW_WEIGHT_SUMS if norm else places
     return [*found, row_kernel_build(sequence_unpack_kernel, arch, dtype, label, configs[1], constants, absent, narrow)]
 
 
 def builds(arch: int) -> list[KernelBuild]:
-    """What the released model launches on 8 and 7 ranks, with norm, without rope, on the way back; other types once."""
+    """What the released model launches on 8 and 7 ranks, in sets, with norm, without rope, back; other types once."""
     half = torch.bfloat16
     return [
         build
         for arguments in (
             (half, "8 ranks", 24, 96, 8, 3, True, False),
             (half, "7 ranks", 24, 96, 7, 3, True, False),
+            (half, "8 ranks, 16 heads", 16, 96, 8, 3, True, False),
+            (half, "16 ranks, 4 sets", 24, 96, 16, 3, True, False, 4),
+            (half, "output, 16 ranks, 4 sets", 24, 96, 16, 1, False, False, 4),
             (half, "8 ranks", 24, 96, 8, 3, True, True),
             (half, "received", 3, 96, 1, 3, False, False),
             (half, "output, 8 ranks", 24, 96, 8, 1, False, False),
