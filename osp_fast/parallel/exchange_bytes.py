@@ -14,7 +14,8 @@ In the second row these p ranks hold M tokens, and the rank has u of U = S H uni
 heads). A block with full attention exchanges among all: p = m, M = N, S = 1. One that skips exchanges among those of a
 scope: p = m / scope, M = N / scope, and where H does not divide by p units of the k / scope sets that they hold; with
 p = 1 it sends nothing. With equal shares the row is 4 B n d s (p - 1) / p: Ulysses sends what upstream does, in 2 or 4
-messages instead of 4. Tokens move in front of each skipping block but the first, 27 times in the released model.
+messages instead of 4. Tokens move in front of each skipping block but the first, 27 times in the released model, and
+once more where a step cache wants them back in the order of the first block, which is not in here.
 
 Backward sends gradients the other way round: where a rank received, it sends. With equal shares these are as many bytes
 again, else B D s (3 (M - n)/S u + n/S (U - u)). The prediction's gradient needs no exchange. A block that is recomputed
