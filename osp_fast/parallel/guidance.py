@@ -2,8 +2,7 @@
 
 With guidance each step predicts twice, without the prompt and with it, and the two predictions need nothing of each
 other until they are mixed. So an even number of ranks forms two groups, one for each: half the ranks share the tokens
-then, with half the batch, and less is sent: by 2 ranks only the predictions, by 8 ranks 14 % less than in one group. An
-odd number of ranks is one group.
+then, with half the batch, and less is sent: by 2 ranks only the predictions. An odd number of ranks is one group.
 
     ranks 0 to 5, with guidance      negative prompt  0 1 2     the tokens are shared along a row,
                                      prompt           3 4 5     predictions are exchanged along a column

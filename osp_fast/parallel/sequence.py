@@ -14,7 +14,7 @@ Norms, products, cross-attention and feed-forward see one token at a time, so a 
 
 Any N, H and m will do. Where H does not divide by the ranks that share heads, and they have several sets in common,
 they share units of a set and a head. All of it has gradients, mirrored: a rank's gradients of the weights are its
-tokens' part, to be added up over the group. `exchange_cost.py` has the bytes, and chooses the plan.
+tokens' part, to be added up over the group. `exchange_bytes.py` has the bytes.
 """
 
 import math
@@ -36,11 +36,9 @@ from osp_fast.kernels.sequence_pack import (
 from osp_fast.models.attention import SelfAttention, VisibleKeys
 from osp_fast.parallel.collectives import Splits, all_answering
 from osp_fast.parallel.links import Link
-from osp_fast.parallel.sequence_plan import SequencePlan
+from osp_fast.parallel.sequence_plan import SequencePlan, heads_in_rounds
 from osp_fast.parallel.shared_clip import SharedClip
 from osp_fast.parallel.token_layout import CONSECUTIVE, SINGLE, TokenLayout
-
-HEADS_FOR_ROUNDS = 2  # of a rank, from which they travel in two rounds
 
 
 class SequenceExchange:
@@ -172,12 +170,8 @@ def output_splits(layout: SequenceLayout) -> Callable[[int], Splits]:
 
 
 def _in_rounds(layout: SequenceLayout) -> list[SequenceLayout]:
-    """The heads in two parts, of which every rank has some, where that can be."""
-    each = layout.heads // layout.ranks
-    if layout.sets > 1 or each < HEADS_FOR_ROUNDS:
-        return [layout]
-    first = (each + 1) // 2 * layout.ranks
-    return [layout._replace(heads=first), layout._replace(heads=layout.heads - first)]
+    heads = heads_in_rounds(layout.heads, layout.ranks) if layout.sets == 1 else [layout.heads]
+    return [layout._replace(heads=count) for count in heads]
 
 
 def _attend_units(
