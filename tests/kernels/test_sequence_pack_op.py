@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).parent
 HEADS, HEAD_DIM = 5, 12
-SIZES = ((3, 4, 7), (3, 3, 3), (4, 2, 7))  # in the first all lengths differ: equal ones are one symbol
+SIZES = ((3, 4, 7), (3, 3, 3), (4, 2, 3))  # in the first all lengths differ: equal ones are one symbol
 
 
 @pytest.fixture(autouse=True)
