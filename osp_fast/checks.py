@@ -70,6 +70,8 @@ def check_train(config: TrainConfig) -> list[str]:
         notices.append("--checkpoints_keep_every has no effect without --checkpoints_total_limit: all stay")
     if config.optimizer.tokens_per_batch is not None and config.optimizer.train_batch_size != 1:
         notices.append("--train_batch_size has no effect with --tokens_per_batch")
+    if config.optimizer.tokens_per_batch is not None and run.train_sp_batch_size != 1 and run.sp_size > 1:
+        notices.append("--train_sp_batch_size has no effect with --tokens_per_batch")
     if config.model.gradient_checkpointing and config.model.activation_memory is not None:
         notices.append("--gradient_checkpointing has no effect with --activation_memory, which recomputes what must be")
     if config.model.lora_alpha is not None and config.model.lora_rank is None:

@@ -169,7 +169,9 @@ class OptimizerConfig:
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", at_least=1)
     train_batch_size: int = flag(1, "clips per micro-batch and GPU", at_least=1)
     tokens_per_batch: int | None = flag(
-        None, "video tokens per micro-batch and GPU, in place of --train_batch_size (needs --group_data)", at_least=1
+        None,
+        "video tokens per micro-batch on each GPU, in place of --train_(sp_)batch_size (needs --group_data)",
+        at_least=1,
     )
     max_skipped_steps: int = flag(10, "stop when this many gradients in a row are not finite", at_least=1)
 

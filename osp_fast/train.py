@@ -29,8 +29,10 @@ from osp_fast.models.dit import DiT
 from osp_fast.models.text_encoder import TextEncoder
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.parallel.apply import shard_dit
+from osp_fast.parallel.collectives import all_answering
 from osp_fast.parallel.heartbeats import Heartbeats
-from osp_fast.parallel.mesh import make_mesh
+from osp_fast.parallel.mesh import SequenceGroup, check_sp_size, make_mesh
+from osp_fast.parallel.sequence_plan import SequencePlan
 from osp_fast.parallel.world import Ranks, World, open_world
 from osp_fast.progress import Progress, say
 from osp_fast.training.build import (
@@ -45,16 +47,18 @@ from osp_fast.training.build import (
 )
 from osp_fast.training.cached import open_cache
 from osp_fast.training.dry_run import dry_run
-from osp_fast.training.guards import StopSignals, refuse_sequence_parallelism
+from osp_fast.training.guards import StopSignals
 from osp_fast.training.loop import Trainer
 from osp_fast.training.metrics import MetricsLog
 from osp_fast.training.output import check_same, check_shared, lock_output, prepare_output
 from osp_fast.training.place import BatchSizes, batch_sizes, plan_summary, starting_point, steps_per_epoch
 from osp_fast.training.prepare import BatchFeed, BatchMaker
+from osp_fast.training.shared_clips import ClipSharing, describe_groups
 from osp_fast.training.speed import bound_vae, compiles, set_up
 from osp_fast.training.state import TrainerState
 from osp_fast.training.step import DenoisingLoss
 from osp_fast.training.watchdog import PHASE_FACTOR, Watchdog
+from osp_fast.training.workload import choose_sequence
 from osp_fast.validation import ValidationSampler, add_to_board
 
 FOR_EVER_S = 7 * 86_400.0
@@ -69,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             plan = load_plan(config.data, config.run.seed, say) if config.data.data else None
             dry_run(config, None if plan is None else {b: len(clips) for b, clips in plan.buckets.items()}, say)
         return
-    refuse_sequence_parallelism(config.run)
+    check_sp_size(config.run.sp_size, Ranks.from_environment().size)
     with open_world(config.run.device, config.run.start_timeout, longest_wait(config.run), say) as world:
         with world.together():
             if config.run.preset == "tiny" and world.ranks.local_rank == 0:
@@ -138,17 +142,18 @@ def find_start(config: TrainConfig, world: World, tell: Tell) -> Start:
 
 @dataclass(frozen=True)
 class Networks:
-    """The DiT's loss, its weights spread over the ranks of `cpu_mesh`, and the frozen networks."""
+    """The DiT's loss, its weights spread over the ranks of `cpu_mesh`, how ranks share clips, the frozen networks."""
 
     loss: DenoisingLoss
     cpu_mesh: DeviceMesh | None
+    sequence: SequencePlan | None
     vae: WFVAE
     text_encoder: TextEncoder | None
     chinese: bool
 
 
-def build_networks(config: TrainConfig, world: World, start: Start, tell: Tell) -> Networks:
-    """Load or make all networks of a run. Raises `UserError`."""
+def build_networks(config: TrainConfig, world: World, group: SequenceGroup, start: Start, tell: Tell) -> Networks:
+    """Load or make all networks of a run; group: who shares clips. Raises `UserError`."""
     device, cached = world.device, start.cache is not None
     with world.together():
         dit = build_dit(config, start.checkpoint, device)
@@ -158,10 +163,15 @@ def build_networks(config: TrainConfig, world: World, start: Start, tell: Tell) 
     size = sum(parameter.numel() for parameter in dit.parameters()) / 1e6
     tell(f"{size:.1f} M parameters on {world.size} x {device.type}, {start.total_steps} steps")
     tell(f"attention: {dit.attention_summary()}")
+    with world.together():
+        if group.size > 1:
+            tell(describe_groups(group, images_apart=config.data.group_data))
+        sequence = choose_sequence(config, dit.config, start.plan.buckets, tell)
+    exchange = None if sequence is None else group.exchange(sequence, dit.config.sparse_n)
     cpu_mesh = spread(dit, config, world)
     objective = DiffusionObjective(config.diffusion, device)
-    loss = DenoisingLoss(dit, objective, bf16=compute_dtype(config.model) == torch.bfloat16)
-    return Networks(loss, cpu_mesh, vae, text_encoder, text.is_multilingual)
+    loss = DenoisingLoss(dit, objective, compute_dtype(config.model) == torch.bfloat16, exchange)
+    return Networks(loss, cpu_mesh, sequence, vae, text_encoder, text.is_multilingual)
 
 
 def run_steps(config: TrainConfig, world: World, start: Start, tell: Tell) -> int:
@@ -172,7 +182,8 @@ def run_steps(config: TrainConfig, world: World, start: Start, tell: Tell) -> in
     set_determinism(run.deterministic, device)
     compiled = compiles(config, start.plan, device)
     bound_vae(config.model, device)
-    networks = build_networks(config, world, start, tell)
+    group = SequenceGroup.of(world, run.sp_size, longest_wait(run))
+    networks = build_networks(config, world, group, start, tell)
     stop = StopSignals()
     progress = Progress(start.total_steps, first=state.step, quiet=not world.is_first)
     goes_on = start.checkpoint is not None and start.checkpoint.resolve().parent == output_dir.resolve()
@@ -196,14 +207,25 @@ def run_steps(config: TrainConfig, world: World, start: Start, tell: Tell) -> in
         with world.together():
             trainer.load(start.checkpoint)
     maker = BatchMaker(networks.vae, networks.text_encoder, networks.loss.objective, config, device, tell)
-    trainer.recompiled, trainer.graphs = set_up(config, trainer, maker, start.plan, start.sizes, compiled, tell)
+    trainer.recompiled, trainer.graphs = set_up(
+        config, trainer, maker, start.plan, start.sizes, compiled, networks.sequence, tell
+    )
     loader = make_loader(config, world, start, networks.chinese, stop)
-    feed = BatchFeed(loader, maker, state.step, start.sizes.accumulation)
+    sharing = ClipSharing(group, device) if group.size > 1 else None
+    feed = BatchFeed(loader, maker, state.step, start.sizes.accumulation, sharing)
     heartbeats = None if world.alone else Heartbeats(world.store.clone(), world.rank, world.size)
-    limits = (run.hang_factor, run.hang_seconds)
-    watchdog = Watchdog(output_dir, world.rank, *limits, loader.describe, heartbeats, step=state.step)
+    watchdog = Watchdog(
+        output_dir,
+        world.rank,
+        run.hang_factor,
+        run.hang_seconds,
+        loader.describe,
+        heartbeats,
+        waits_for_ranks=lambda: sharing is not None and sharing.waiting,
+        step=state.step,
+    )
     try:
-        with stop, watchdog:
+        with all_answering(), stop, watchdog:
             last = trainer.run(feed, metrics, stop, watchdog)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -238,6 +260,7 @@ def make_loader(config: TrainConfig, world: World, start: Start, chinese: bool, 
         cache=start.cache,
         rank=world.rank,
         world_size=world.size,
+        sp_size=config.run.sp_size,
         epoch=start.state.epoch,
         first_batch=start.state.batch,
         # With others about, all decide together, before a step.

@@ -20,7 +20,7 @@ from osp_fast.data.clip_request import ClipRequest, DecodeError
 from osp_fast.data.crew import PREFETCH, Crew
 from osp_fast.data.frames import frame_indices
 from osp_fast.data.latent_cache import ENCODE, LatentCache, Missing, variant_caption, variant_frames
-from osp_fast.data.order import epoch_batches, rank_share
+from osp_fast.data.order import epoch_batches, load_in_turns, rank_share, ranks_per_clip
 from osp_fast.data.rejects import RejectLog
 from osp_fast.data.resize import resize_and_crop
 from osp_fast.data.rgb import usable_cores
@@ -39,7 +39,7 @@ class LoadedClip:
 
     `pixels` is uint8 (3, T, H, W), RGB, of the bucket's size; `caption` is cleaned, and "" where it was dropped. From a
     latent cache come in the place of pixels the VAE's `moments`, mean and log-variance (2 * latent_dim, T', H/8, W/8),
-    and the caption's states, `text` (tokens, width).
+    and the caption's states, `text` (tokens, width). `rank` is the one that loaded it.
     """
 
     slot: int
@@ -50,19 +50,24 @@ class LoadedClip:
     caption: str
     moments: Tensor | None = None
     text: Tensor | None = None
+    rank: int = 0
 
 
 @dataclass
 class StepBatch:
     """One rank's clips of one optimizer step.
 
-    `size` counts the clips of all ranks; `wait_s` is how long the caller waited for this rank's, seconds.
+    `size` counts the clips of all ranks, `slots` are those that this rank computes, `ranks_per_clip` - 1 others with
+    it. `clips` are those of them that it has loaded: all, or its turn where others load the rest. `wait_s` is how long
+    the caller waited for them, seconds.
     """
 
     epoch: int
     index: int
     batches_in_epoch: int
     size: int
+    slots: list[int]
+    ranks_per_clip: int
     clips: list[LoadedClip]
     wait_s: float = 0.0
 
@@ -76,6 +81,9 @@ class ClipLoader:
     true, also while it waits for a clip. Call `close` (or use the loader as a context manager) to end threads and
     decoder processes. With a `cache`, which holds every clip of the plan, nothing is decoded: moments and text states
     are read from it.
+
+    Of `sp_size` consecutive ranks, which share clips, each loads a part of these, in turns (`order.py`): every rank
+    gets every batch, though perhaps without a clip.
     """
 
     def __init__(
@@ -91,6 +99,7 @@ class ClipLoader:
         cache: LatentCache | None = None,
         rank: int = 0,
         world_size: int = 1,
+        sp_size: int = 1,
         epoch: int = 0,
         first_batch: int = 0,
         stopped: Callable[[], bool] = lambda: False,
@@ -105,7 +114,7 @@ class ClipLoader:
         self._chinese = chinese
         self._rejects = rejects
         self._cache = cache
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._sp_size = rank, world_size, sp_size
         self._epoch, self._first_batch = epoch, first_batch
         self._stopped = stopped
         workers = config.dataloader_num_workers
@@ -136,21 +145,27 @@ class ClipLoader:
         sizes = self._global_batch_size
         largest = sizes if isinstance(sizes, int) else max(sizes.values())
         ahead = max(PREFETCH * self._config.dataloader_num_workers, largest // self._world_size)
-        waiting: deque[tuple[StepBatch, Future]] = deque()
+        waiting: deque[tuple[StepBatch, int, Future | None]] = deque()
+        loading = 0
         try:
-            for batch, slot, clip_index in self._order():
-                waiting.append((batch, crew.submit(batch.epoch, slot, clip_index)))
-                while len(waiting) > ahead:
-                    filled = self._collect(*waiting.popleft())
-                    if len(filled.clips) == filled.size // self._world_size:
+            for batch, due, place in self._order():
+                waiting.append((batch, due, None if place is None else crew.submit(batch.epoch, *place)))
+                loading += place is not None
+                while loading > ahead:
+                    filled, due, clip = waiting.popleft()
+                    if clip is not None:
+                        self._collect(filled, clip)
+                        loading -= 1
+                    if len(filled.clips) == due:
                         yield filled
         except (CancelledError, DecodeError):
             return  # stopped, or closed by another thread
         finally:
             crew.close()
 
-    def _order(self) -> Iterator[tuple[StepBatch, int, int]]:
-        """This rank's clips in order: the batch they go into, their slot in it, their number in the plan."""
+    def _order(self) -> Iterator[tuple[StepBatch, int, tuple[int, int] | None]]:
+        """The clips that this rank loads, in order: the batch they go into, how many it loads for that, the clip's slot
+        and number in the plan. A batch that it loads none for comes once, without a clip."""
         buckets = [clip.bucket for clip in self._plan.clips]
         epoch, first = self._epoch, self._first_batch
         while True:
@@ -161,13 +176,19 @@ class ClipLoader:
                 global_batch_size=self._global_batch_size,
                 group_data=self._config.group_data,
             )
-            for index in range(first, len(batches)):
-                batch = StepBatch(epoch, index, len(batches), len(batches[index]), [])
-                for slot in rank_share(batches[index], self._rank, self._world_size):
-                    yield batch, slot, batches[index][slot]
+            before = epoch  # so that turns go on where an epoch has a single clip
+            for index, clips in enumerate(batches):
+                together = ranks_per_clip(buckets[clips[0]], self._sp_size, self._config.group_data)
+                slots = rank_share(clips, self._rank // together, self._world_size // together)
+                mine = load_in_turns(slots, before, self._rank % together, together)
+                before += len(slots) if together > 1 else 0
+                if index >= first:
+                    batch = StepBatch(epoch, index, len(batches), len(clips), slots, together, [])
+                    for place in [(slot, clips[slot]) for slot in mine] or [None]:
+                        yield batch, len(mine), place
             epoch, first = epoch + 1, 0
 
-    def _collect(self, batch: StepBatch, clip: "Future[LoadedClip]") -> StepBatch:
+    def _collect(self, batch: StepBatch, clip: "Future[LoadedClip]") -> None:
         start = time.monotonic()
         while not clip.done() and not self._stopped():
             wait([clip], timeout=STOP_POLL_S)
@@ -175,7 +196,6 @@ class ClipLoader:
             raise CancelledError
         batch.clips.append(clip.result())
         batch.wait_s += time.monotonic() - start
-        return batch
 
     def _load(self, decoder: Decoder, epoch: int, slot: int, clip_index: int) -> LoadedClip:
         """Load a clip, or the first sound one of the others in its bucket. Runs in the workers."""
@@ -225,7 +245,7 @@ class ClipLoader:
             )
             pixels = clip_pixels(decoder, clip, frames, self._threads)
             caption = training_caption(entry, draw, self._drop_caption, self._chinese)
-            return LoadedClip(slot, index, entry.path, clip.bucket, pixels, caption)
+            return LoadedClip(slot, index, entry.path, clip.bucket, pixels, caption, rank=self._rank)
         variant = epoch % self._config.cache_variants
         caption = "" if is_dropped(draw, self._drop_caption) else variant_caption(entry, variant, self._chinese)
         try:
@@ -233,7 +253,7 @@ class ClipLoader:
             text = self._cache.text(caption)
         except Missing as error:
             raise UserError(f"--latent_cache {self._cache.folder}: {entry.path}: {error}: {ENCODE}") from None
-        return LoadedClip(slot, index, entry.path, clip.bucket, None, caption, moments, text)
+        return LoadedClip(slot, index, entry.path, clip.bucket, None, caption, moments, text, self._rank)
 
     def _nothing_sound(self) -> str:
         entries = [clip.entry for clip in self._plan.clips[:NAMED]]

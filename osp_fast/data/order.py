@@ -55,6 +55,22 @@ def rank_share(batch: Sequence[int], rank: int, world_size: int) -> list[int]:
     return list(range(rank * share, (rank + 1) * share))
 
 
+def ranks_per_clip(bucket: Bucket, sp_size: int, group_data: bool) -> int:
+    """How many ranks compute a clip together: `sp_size`, but one where a batch has nothing but images, which are short.
+
+    bucket: of the batch, with `group_data`; without it batches are mixed
+    """
+    return 1 if group_data and bucket.frames == 1 else sp_size
+
+
+def load_in_turns(slots: Sequence[int], before: int, rank: int, ranks: int) -> list[int]:
+    """Those of `slots`, which `ranks` ranks compute together, whose clips the rank-th of them loads.
+
+    before: clips that they have loaded since their turns began; each takes every `ranks`-th
+    """
+    return [slot for number, slot in enumerate(slots, before) if number % ranks == rank]
+
+
 def _fill_batches(clips: np.ndarray, batch_size: int, *names: str | int) -> np.ndarray:
     """`clips` (n,) shuffled into (ceil(n / batch_size), batch_size), started over to fill the last batch."""
     shuffled = clips[_permutation(len(clips), *names)]

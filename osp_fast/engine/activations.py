@@ -131,8 +131,16 @@ def recompute_everything(config: DiTConfig, workload: Workload, device: DeviceMo
 
 
 def most_demanding(config: DiTConfig, workloads: Sequence[Workload]) -> Workload:
-    """The micro-batch that keeps the most: the one with the most tokens, those of the text included."""
-    return max(workloads, key=lambda one: one.clips * (tokens_of(config, one.latent_size) + one.text_tokens))
+    """The micro-batch that keeps the most: the one with the most tokens on a GPU, those of the text included."""
+    return max(
+        workloads,
+        key=lambda one: one.clips * (tokens_of(config, one.latent_size) / sharing_gpus(one) + one.text_tokens),
+    )
+
+
+def sharing_gpus(workload: Workload) -> int:
+    """How many share its clips."""
+    return 1 if workload.sequence is None else workload.sequence.ranks
 
 
 class PlanCost:
@@ -152,7 +160,10 @@ class PlanCost:
         return ActivationPlan(tuple(blocks), sum(self._kept(levels)), self.peak(levels), budget)
 
     def recompute(self, mode: str, level: Level) -> tuple[int, float]:
-        """FLOPs that backward of such a block runs once more; seconds of these and of the passes beside them."""
+        """FLOPs that backward of such a block runs once more on a GPU; seconds of these and of the passes beside them.
+
+        Where GPUs share clips each has its part, also of what the text alone decides, which all compute in full.
+        """
         if level == Level.EVERYTHING:
             return 0, 0.0
         flops = block_flops(self.config, mode, self.workload)
@@ -166,7 +177,7 @@ class PlanCost:
             products, attention = flops.widening, 0
             passes -= ROTATION_PASSES
         seconds = recompute_seconds(self.config, self.workload, self.device, products, attention, passes)
-        return products + attention, seconds
+        return (products + attention) // sharing_gpus(self.workload), seconds / sharing_gpus(self.workload)
 
     def upgrades(self) -> Iterator[tuple[float, int, Level]]:
         """(seconds saved for each byte, block, new level): for each block the steps worth taking, the best first."""

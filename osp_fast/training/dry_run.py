@@ -12,16 +12,18 @@ import torch
 
 from osp_fast.config import TrainConfig
 from osp_fast.data.buckets import Bucket
-from osp_fast.engine.activations import ActivationPlan, PlanCost, most_demanding, recompute_everything
-from osp_fast.engine.cost import Sharding, Workload, predict_step, step_flops
+from osp_fast.engine.activations import ActivationPlan, PlanCost, most_demanding, recompute_everything, sharing_gpus
+from osp_fast.engine.cost import Sharding, Workload, step_flops
 from osp_fast.engine.devices import H100, DeviceModel, find_device
+from osp_fast.engine.exchange_cost import predict_shared_step
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiTConfig
 from osp_fast.models.wfvae_plan import Task, gib
+from osp_fast.parallel.mesh import check_sp_size
 from osp_fast.training.build import compute_dtype
 from osp_fast.training.footprint import Footprint, frozen_bytes, measure_footprint, resolve_dit
-from osp_fast.training.place import video_tokens
-from osp_fast.training.workload import make_workloads, plan_run
+from osp_fast.training.place import encoded_at_once, video_tokens
+from osp_fast.training.workload import choose_sequence, make_workloads, plan_run
 
 MOST_BUCKETS = 8  # shown: those with the most tokens
 HEADERS = (
@@ -31,8 +33,8 @@ HEADERS = (
 
 
 WAYS_OUT = (
-    "take more GPUs, or a smaller --train_batch_size or --tokens_per_batch, --mixed_precision bf16, --offload_ema,"
-    " --use_8bit_adam or --offload_optimizer"
+    "take more GPUs, or a larger --sp_size, a smaller --train_batch_size or --tokens_per_batch, --mixed_precision bf16,"
+    " --offload_ema, --use_8bit_adam or --offload_optimizer"
 )
 
 
@@ -64,16 +66,19 @@ def dry_run(config: TrainConfig, buckets: Mapping[Bucket, int] | None, report: C
     sizes = list(buckets) if buckets else [size_of_flags(config)]
     device = torch.device("cuda")
     alone = make_workloads(config, sizes, 1, device)
-    largest = max(alone, key=lambda bucket: alone[bucket].clips * video_tokens(bucket, config.model.model))
-    frozen = frozen_bytes(config, Task("encode", *largest, batch=alone[largest].clips), machine.memory, device)
+    encoded = {bucket: encoded_at_once(config, bucket) for bucket in alone}
+    largest = max(alone, key=lambda bucket: encoded[bucket] * video_tokens(bucket, config.model.model))
+    frozen = frozen_bytes(config, Task("encode", *largest, batch=encoded[largest]), machine.memory, device)
     report(heading(config, machine))
+    sequence = choose_sequence(config, dit_config, sizes, report)
     for gpus in config.run.dry_run or [int(os.environ.get("WORLD_SIZE", "1"))]:
         try:
+            check_sp_size(config.run.sp_size, gpus)
             footprint, sharding = measure_footprint(config, dit_config, gpus, frozen)
         except UserError as error:
             report(f"{gpus} GPUs: {error}")
             continue
-        workloads = make_workloads(config, sizes, gpus, device)
+        workloads = make_workloads(config, sizes, gpus, device, sequence)
         plan = fitting_plan(config, dit_config, workloads, machine, footprint)
         report(f"{gpus} GPU{'s' * (gpus > 1)}; {plan}")
         prediction = Prediction(config.model.model, dit_config, machine, footprint, sharding)
@@ -156,9 +161,10 @@ class Prediction:
         cells.append(f"{total / self.machine.memory:.0%}")
         if rates is None or workload.dtype != torch.bfloat16:
             return [*cells, "-", "-", "-"]
-        seconds = predict_step(self.dit_config, workload, self.sharding, here.recompute_seconds, rates).total
-        each = workload.clips * video_tokens(bucket, self.model) * self.sharding.accumulation
-        flops = step_flops(self.dit_config, workload).model * self.sharding.accumulation
+        ranks = sharing_gpus(workload)
+        seconds = predict_shared_step(self.dit_config, workload, self.sharding, here.recompute_seconds, rates).total
+        each = workload.clips * video_tokens(bucket, self.model) * self.sharding.accumulation / ranks
+        flops = step_flops(self.dit_config, workload).model * self.sharding.accumulation / ranks
         speed = [f"{seconds:.3g}", f"{each * self.sharding.gpus / seconds:,.0f}"]
         return [*cells, *speed, f"{flops / seconds / rates.peak_flops:.1%}"]
 

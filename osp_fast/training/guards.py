@@ -1,4 +1,4 @@
-"""What stops a run: signals, non-finite gradients, and layouts that this version does not train on."""
+"""What stops a run: signals and non-finite gradients."""
 
 import json
 import math
@@ -9,19 +9,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from osp_fast.config import RunConfig
 from osp_fast.errors import UserError
 
 SKIPPED_FILE = "skipped.jsonl"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
-
-def refuse_sequence_parallelism(run: RunConfig) -> None:
-    """Raise `UserError` for a run whose GPUs are to share clips, which this version cannot do."""
-    if run.sp_size > 1:
-        raise UserError(
-            f"--sp_size {run.sp_size}: sequence parallelism is not part of this version, train with --sp_size 1"
-        )
 
 
 class StopSignals:

@@ -18,6 +18,7 @@ from osp_fast.engine.cuda_graphs import GraphedBuckets
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT
 from osp_fast.models.lora import fused_state, has_lora
+from osp_fast.parallel.collectives import RankLost
 from osp_fast.parallel.heartbeats import WAITING_FOR_RANKS
 from osp_fast.parallel.shards import LocalShards
 from osp_fast.parallel.world import World
@@ -175,9 +176,11 @@ class Trainer:
     ) -> tuple[int, tuple[StepBatch, list[MicroBatch]] | None, UserError | None]:
         """What all ranks do next, this rank's batch, and what is wrong with it; all ranks must call it."""
         word, item, fault = GO, None, None
-        if stop.received is None:
+        if stop.received is None or self.config.run.sp_size > 1:  # others may wait for what this rank loads
             try:
                 item = next(batches, None)
+            except RankLost:
+                raise
             except UserError as error:
                 word, fault = FAULT, error
         if word != FAULT and stop.received is not None:  # perhaps received while waiting for data
@@ -216,7 +219,8 @@ class Trainer:
         """Take note of steps whose numbers have come: show, log, count the skipped ones."""
         for note, (loss, norm, skipped, not_finite, *clip_losses) in records:
             if skipped:
-                self._skipped(note, norm, blamed_clips(note.batch, clip_losses, any_blamed=not_finite > 0))
+                blamed = blamed_clips(note.batch, clip_losses, self.world.rank, any_blamed=not_finite > 0)
+                self._skipped(note, norm, blamed)
             else:
                 self.guard.finite()
             seconds, wait = note.pace["s_per_step"], note.pace["data_wait_s"]
@@ -276,6 +280,7 @@ class Trainer:
     def validate(self) -> None:
         """Show what the model can do: with the average, if there is one, as sampling will use it."""
         ema = self.update.ema
+        self.loss.dit.share_tokens(None)  # each rank samples whole clips; the next micro-batch shares as it needs
         with nullcontext() if ema is None else ema.in_place_of_weights():
             self._validate(self.loss.dit, self.state.step)
 
@@ -308,9 +313,9 @@ def _saved_average(checkpoint: Path, dit: DiT) -> dict[str, Tensor]:
     return DiT.from_pretrained(checkpoint / "model_ema").state_dict()
 
 
-def blamed_clips(batch: StepBatch, losses: Sequence[float], any_blamed: bool) -> list[dict]:
-    """This rank's clips whose loss is not finite; all of them if no rank has one (the gradient alone overflowed)."""
-    blamed = [(clip, loss) for clip, loss in zip(batch.clips, losses, strict=True) if not math.isfinite(loss)]
-    if not any_blamed:
-        blamed = list(zip(batch.clips, losses, strict=True))
+def blamed_clips(batch: StepBatch, losses: Sequence[float], rank: int, any_blamed: bool) -> list[dict]:
+    """The clips that this rank has loaded whose loss is not finite; all of them if no rank has one (the gradient alone
+    overflowed)."""
+    loaded = [(clip, loss) for clip, loss in zip(batch.clips, losses, strict=True) if clip.rank == rank]
+    blamed = [(clip, loss) for clip, loss in loaded if not (any_blamed and math.isfinite(loss))]
     return [dict(path=str(clip.path), clip_index=clip.clip_index, slot=clip.slot, loss=loss) for clip, loss in blamed]

@@ -17,7 +17,7 @@ class Pace:
     Tokens and FLOPs are counted at the shapes that are computed, padding included. Model FLOPs are three times those of
     the forward (two where the weights are frozen), whatever is recomputed.
 
-    ranks: that each compute as much
+    ranks: of the run; those that compute a micro-batch together each count their part of it
     """
 
     def __init__(self, config: DiTConfig, lora_rank: int | None, device: torch.device, ranks: int):
@@ -39,8 +39,8 @@ class Pace:
         for batch in batches:
             clips, _, *size = batch.latents.shape
             tokens, flops = _work(self._config, clips, tuple(size), batch.text.shape[1], self._lora_rank)
-            self._tokens += tokens
-            self._flops += flops
+            self._tokens += tokens / batch.ranks
+            self._flops += flops / batch.ranks
 
     def facts(self) -> dict[str, float]:
         """Means over the steps: seconds, of these waiting for data; tokens/s of all ranks; model FLOP/s of one GPU.

@@ -3,11 +3,12 @@
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from osp_fast.config import TrainConfig, as_dict
 from osp_fast.data.buckets import Bucket, Plan, by_count
+from osp_fast.data.order import ranks_per_clip
 from osp_fast.models.dit import DIT_CONFIGS
 from osp_fast.models.wfvae_stream import SPACE_STRIDE, TIME_STRIDE
 from osp_fast.training.resume import check_resume
@@ -19,19 +20,24 @@ from osp_fast.training.state import TrainerState, read_state, recipe_of, version
 class BatchSizes:
     """How many clips a step takes.
 
-    micro: of a micro-batch on one rank, for each bucket of the plan
+    micro: of a micro-batch on one rank, or on those that compute it together, for each bucket of the plan
     accumulation: micro-batches of a step
-    ranks: that each have as many
+    ranks: of the run
+    together: ranks that compute a micro-batch of the bucket together; one where it is not named
     """
 
     micro: dict[Bucket, int]
     accumulation: int
     ranks: int
+    together: dict[Bucket, int] = field(default_factory=dict)
 
     @property
     def steps(self) -> dict[Bucket, int]:
         """Clips of a step on all ranks, for each bucket."""
-        return {bucket: clips * self.accumulation * self.ranks for bucket, clips in self.micro.items()}
+        return {
+            bucket: clips * self.accumulation * self.ranks // self.together.get(bucket, 1)
+            for bucket, clips in self.micro.items()
+        }
 
     @property
     def for_order(self) -> int | dict[Bucket, int]:
@@ -46,15 +52,24 @@ class BatchSizes:
 def batch_sizes(plan: Plan, config: TrainConfig, ranks: int) -> BatchSizes:
     """The batches of a plan."""
     micro = {bucket: micro_batch_clips(config, bucket) for bucket in plan.buckets}
-    return BatchSizes(micro, config.optimizer.gradient_accumulation_steps, ranks)
+    together = {bucket: ranks_per_clip(bucket, config.run.sp_size, config.data.group_data) for bucket in plan.buckets}
+    return BatchSizes(micro, config.optimizer.gradient_accumulation_steps, ranks, together)
 
 
 def micro_batch_clips(config: TrainConfig, bucket: Bucket) -> int:
-    """Clips of a micro-batch: `--train_batch_size`, or as many as `--tokens_per_batch` holds, but at least one."""
-    budget = config.optimizer.tokens_per_batch
+    """Clips of a micro-batch: `--train_batch_size`, or `--train_sp_batch_size` where ranks share them; or as many as
+    `--tokens_per_batch` holds for each of these ranks, but at least one."""
+    budget, run = config.optimizer.tokens_per_batch, config.run
+    together = ranks_per_clip(bucket, run.sp_size, config.data.group_data)
     if budget is None:
-        return config.optimizer.train_batch_size
-    return max(1, budget // video_tokens(bucket, config.model.model))
+        return config.optimizer.train_batch_size if together == 1 else run.train_sp_batch_size
+    return max(1, together * budget // video_tokens(bucket, config.model.model))
+
+
+def encoded_at_once(config: TrainConfig, bucket: Bucket) -> int:
+    """Clips of a micro-batch that one rank encodes: all, or the largest part where ranks take turns."""
+    together = ranks_per_clip(bucket, config.run.sp_size, config.data.group_data)
+    return -(-micro_batch_clips(config, bucket) // together)
 
 
 def latent_size(bucket: Bucket) -> tuple[int, int, int]:

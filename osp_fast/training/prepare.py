@@ -2,6 +2,7 @@
 
 Whatever is drawn for a clip is named by (seed, step, slot), its slot being its place in the step's whole batch: how
 the batch is cut into micro-batches and spread over ranks, or where a run was resumed, changes nothing that is drawn.
+Ranks that share a clip draw the same for it, and read it once for all of them (`shared_clips.py`).
 
 Shape suffixes as in `step.py`.
 """
@@ -24,13 +25,14 @@ from osp_fast.models.wfvae import WFVAE, Posterior
 from osp_fast.models.wfvae_plan import Task
 from osp_fast.seeding import torch_generator
 from osp_fast.training.build import vae_planner
+from osp_fast.training.shared_clips import ClipSharing, Contents
 from osp_fast.training.step import MicroBatch
 
 JOIN_S = 10.0
 
 
 class BatchMaker:
-    """Callable: clips, the step's number and its number of clips -> a micro-batch on `device`.
+    """Callable: clips and what `read` made of them -> a micro-batch on `device`.
 
     The VAE and the text encoder run without gradients, in the dtype that they were loaded in. Clips from a latent cache
     need no text encoder, and of the VAE only its scale and shift. report: gets a line for each plan of the VAE's work.
@@ -55,24 +57,38 @@ class BatchMaker:
         self._plan = vae_planner(vae, config.model, device, report)
 
     @torch.no_grad()
-    def __call__(self, clips: Sequence[LoadedClip], step: int, slots: int) -> MicroBatch:
-        """slots: clips of the step on all ranks; slot s draws its timestep from the s-th of so many strata."""
-        latents = self.encode(clips, step)
+    def read(self, clips: Sequence[LoadedClip], step: int) -> list[Contents]:
+        """Latents and texts, on the device; step: the step's number, which names what is drawn."""
+        if not clips:
+            return []
+        text, text_mask = self._text(clips)
+        return [Contents(*each) for each in zip(self.encode(clips, step), text, text_mask, strict=True)]
+
+    @torch.no_grad()
+    def __call__(
+        self, clips: Sequence[LoadedClip], contents: Sequence[Contents], step: int, slots: int, ranks: int = 1
+    ) -> MicroBatch:
+        """slots: clips of the step on all ranks; slot s draws its timestep from the s-th of so many strata.
+
+        Of the clips only their slots are used. ranks: that compute the micro-batch together
+        """
+        latents = [each.latent for each in contents]
         noise = [
             self._noise("noise", latent.shape, step, clip.slot, self._noise_offset)
             for latent, clip in zip(latents, clips, strict=True)
         ]
         latents_bcthw, latent_mask_bthw = pad_to_largest(latents)
         noise_bcthw, _ = pad_to_largest(noise)
-        text, text_mask = self._text(clips)
-        return MicroBatch(
-            latents_bcthw, noise_bcthw, self._timesteps(clips, step, slots), text, text_mask, latent_mask_bthw
-        )
+        timesteps = self._timesteps([clip.slot for clip in clips], step, slots)
+        text, text_mask = (torch.stack([each[field] for each in contents]) for field in (1, 2))
+        return MicroBatch(latents_bcthw, noise_bcthw, timesteps, text, text_mask, latent_mask_bthw, ranks)
 
-    def example(self, size: tuple[int, int, int], clips: int, width: int, dtype: torch.dtype) -> MicroBatch:
+    def example(
+        self, size: tuple[int, int, int], clips: int, width: int, dtype: torch.dtype, ranks: int = 1
+    ) -> MicroBatch:
         """A micro-batch of the same shapes and types as real ones, without meaning.
 
-        size: (T, H, W) of the latents; width, dtype: of the text's states
+        size: (T, H, W) of the latents; width, dtype: of the text's states; ranks: that compute it together
         """
         shape = (clips, self.vae.config.latent_dim, *size)
         generator = torch_generator("example", *shape)
@@ -80,7 +96,7 @@ class BatchMaker:
         timesteps = self._to_device(self.objective.timesteps(torch.full((clips,), 0.5)))
         text = torch.zeros((clips, self._max_length, width), dtype=dtype, device=self.device)
         text_mask = torch.ones(text.shape[:2], dtype=torch.int64, device=self.device)
-        return MicroBatch(latents, noise, timesteps, text, text_mask)
+        return MicroBatch(latents, noise, timesteps, text, text_mask, ranks=ranks)
 
     @torch.no_grad()
     def encode(self, clips: Sequence[LoadedClip], step: int) -> list[Tensor]:
@@ -116,10 +132,9 @@ class BatchMaker:
         generator = torch_generator(purpose, self._seed, step, slot)
         return self._to_device(draw_noise((1, *shape), generator, noise_offset)[0])
 
-    def _timesteps(self, clips: Sequence[LoadedClip], step: int, slots: int) -> Tensor:
-        uniform = [torch.rand((), generator=torch_generator("timestep", self._seed, step, clip.slot)) for clip in clips]
-        strata = torch.tensor([clip.slot for clip in clips])
-        return self._to_device(self.objective.timesteps(torch.stack(uniform), strata, slots))
+    def _timesteps(self, slots: Sequence[int], step: int, strata: int) -> Tensor:
+        uniform = [torch.rand((), generator=torch_generator("timestep", self._seed, step, slot)) for slot in slots]
+        return self._to_device(self.objective.timesteps(torch.stack(uniform), torch.tensor(slots), strata))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """On a GPU from pinned memory, so that the host does not wait for the copy."""
@@ -158,16 +173,25 @@ class BatchFeed:
 
     On a GPU a thread makes them on a stream of its own: the VAE, the text encoder and the copies overlap with the
     training of the batch before. On a CPU, whose cores are all taken by training, they are made when they are asked
-    for. What making them raises is raised to the caller. `StepBatch.wait_s` is what the caller waited in all.
+    for. What making them raises is raised to the caller. `StepBatch.wait_s` is what the caller waited in all, and
+    `StepBatch.clips` are those that this rank computes, whoever loaded them.
 
     batches: of this rank
     step: optimizer steps done before the first of them
     accumulation: micro-batches of a step
+    sharing: with whom this rank shares clips; they must all take as many batches
     """
 
-    def __init__(self, batches: Iterable[StepBatch], maker: BatchMaker, step: int, accumulation: int):
+    def __init__(
+        self,
+        batches: Iterable[StepBatch],
+        maker: BatchMaker,
+        step: int,
+        accumulation: int,
+        sharing: ClipSharing | None = None,
+    ):
         self._batches, self._maker = iter(batches), maker
-        self._step, self._accumulation = step, accumulation
+        self._step, self._accumulation, self._sharing = step, accumulation, sharing
         self._made: queue.Queue | None = None
         self._closed = threading.Event()
         if maker.device.type == "cuda":
@@ -191,14 +215,32 @@ class BatchFeed:
             self._thread.join(JOIN_S)
 
     def _make(self) -> tuple[StepBatch, list[MicroBatch]] | None:
+        loaded = self._load() if self._sharing is None else self._sharing.complete(self._load)
+        if loaded is None:
+            return None
+        batch, contents = loaded
+        made, first = [], 0
+        for slots in self._micro_batches(batch):
+            part = slice(first, first := first + len(slots))
+            made.append(self._maker(batch.clips[part], contents[part], self._step, batch.size, batch.ranks_per_clip))
+        self._step += 1
+        return batch, made
+
+    def _load(self) -> tuple[StepBatch, list[Contents]] | None:
+        """The next batch with the clips that this rank has loaded, and their contents; those of a micro-batch pass
+        through the networks together."""
         batch = next(self._batches, None)
         if batch is None:
             return None
-        micro = -(-len(batch.clips) // self._accumulation)
-        parts = [batch.clips[first : first + micro] for first in range(0, len(batch.clips), micro)]
-        made = [self._maker(part, self._step, batch.size) for part in parts]
-        self._step += 1
-        return batch, made
+        contents: list[Contents] = []
+        for slots in self._micro_batches(batch):
+            contents += self._maker.read([clip for clip in batch.clips if clip.slot in slots], self._step)
+        return batch, contents
+
+    def _micro_batches(self, batch: StepBatch) -> list[list[int]]:
+        """The slots of each."""
+        micro = -(-len(batch.slots) // self._accumulation)
+        return [batch.slots[first : first + micro] for first in range(0, len(batch.slots), micro)]
 
     def _run(self) -> None:
         more = True
@@ -218,6 +260,8 @@ class BatchFeed:
                     break
                 except queue.Full:
                     continue
+        if self._sharing is not None:
+            self._sharing.leave()
 
     def _take(self) -> tuple[StepBatch, list[MicroBatch]] | None:
         started = time.monotonic()

@@ -114,8 +114,9 @@ def check_resume(
         if state.batch_sizes.get(bucket) != clips:
             raise UserError(
                 f"{name} was trained with {state.batch_sizes.get(bucket)} clips of {bucket} per step (clips of a"
-                f" micro-batch times --gradient_accumulation_steps times GPUs), not {clips}, and so the order of clips"
-                f" would be another: choose the three so that their product is the same; {start_anew}"
+                " micro-batch times --gradient_accumulation_steps times GPUs, or times groups of --sp_size GPUs that"
+                f" share clips), not {clips}, and so the order of clips would be another: choose them so that their"
+                f" product is the same; {start_anew}"
             )
     on_purpose = ON_PURPOSE if now["model.lora_rank"] is None else ("model.pretrained", *ON_PURPOSE)
     return [

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from osp_fast.diffusion.schedule import DiffusionObjective
 from osp_fast.engine.cuda_graphs import GraphedBuckets
 from osp_fast.models.dit import DiT
+from osp_fast.models.token_exchange import TokenExchange
 from osp_fast.parallel.shards import LocalShards
 from osp_fast.parallel.world import World
 from osp_fast.training.ema import EMA
@@ -30,7 +31,7 @@ class MicroBatch:
     """What one call of the DiT needs, on its device.
 
     latents and noise (B, C, T, H, W), float32; timesteps (B,); text (B, L, width) and its mask (B, L); latent_mask
-    (B, T, H, W), 1 = real cell, None if all are.
+    (B, T, H, W), 1 = real cell, None if all are. ranks: that compute it together, each with the same of all these.
     """
 
     latents: Tensor
@@ -39,24 +40,30 @@ class MicroBatch:
     text: Tensor
     text_mask: Tensor
     latent_mask: Tensor | None = None
+    ranks: int = 1
 
     def values(self) -> list[Tensor | None]:
-        """The fields in order: `MicroBatch(*batch.values())` is the same."""
-        return [getattr(self, field.name) for field in fields(self)]
+        """The tensors in order: `MicroBatch(*batch.values())` is the same, for one rank."""
+        return [getattr(self, field.name) for field in fields(self) if field.name != "ranks"]
 
 
 class DenoisingLoss:
     """Callable: a micro-batch -> the loss of each clip, (B,) float32, with gradients for the DiT.
 
     bf16: whether products and attention run in bfloat16 (autocast)
+    exchange: of the ranks that compute micro-batches together. All of them have the whole loss, and each the gradient
+    of its own tokens' part in it. The DiT is left as the last micro-batch had it.
     """
 
-    def __init__(self, dit: DiT, objective: DiffusionObjective, bf16: bool):
+    def __init__(self, dit: DiT, objective: DiffusionObjective, bf16: bool, exchange: TokenExchange | None = None):
         self.dit = dit
         self.objective = objective
-        self._bf16 = bf16
+        self._bf16, self._exchange = bf16, exchange
 
     def __call__(self, batch: MicroBatch) -> Tensor:
+        exchange = self._exchange if batch.ranks > 1 else None
+        if self.dit.exchange is not exchange:
+            self.dit.share_tokens(exchange)
         noisy_bcthw = self.objective.corrupt(batch.latents, batch.noise, batch.timesteps)
         with self.autocast(batch.latents.device):
             prediction_bcthw = self.dit(noisy_bcthw, batch.timesteps, batch.text, batch.text_mask, batch.latent_mask)
@@ -68,9 +75,13 @@ class DenoisingLoss:
 
 
 def add_gradients(loss: DenoisingLoss, batch: MicroBatch, clips: int) -> Tensor:
-    """Backward of a micro-batch's share in the mean loss of a step's `clips`. Returns the loss of each, detached."""
+    """Backward of a micro-batch's share in the mean loss of a step's `clips`. Returns the loss of each, detached.
+
+    Gradients are averaged over all ranks. Ranks that compute a micro-batch together have parts of its gradient, to be
+    added up, so these are given as many times the weight.
+    """
     losses = loss(batch)
-    (losses.sum() / clips).backward()
+    (losses.sum() / clips * batch.ranks).backward()
     return losses.detach()
 
 
@@ -121,10 +132,10 @@ class Update:
 
     @torch.no_grad()
     def __call__(self, losses: Tensor, step: int) -> Tensor:
-        """losses: of this rank's clips, (clips,); step: its number, from 1.
+        """losses: of this rank's clips, (clips,), of which those that ranks share are on each of them; step: from 1.
 
         Returns (4 + clips,) float32 on the device: mean loss of all ranks' clips, norm of the gradient before clipping,
-        1 if the step was skipped, how many clips of all ranks have a loss that is not finite; this rank's losses.
+        1 if the step was skipped, how many losses of all ranks are not finite; this rank's losses.
         """
         gradients = self.shards.collect_gradients()
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum() / self._copies

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from osp_fast.parallel.deadline import in_time
-from osp_fast.parallel.heartbeats import BEAT_S, Heartbeats
+from osp_fast.parallel.heartbeats import BEAT_S, WAITING_FOR_RANKS, Heartbeats
 from osp_fast.training.hang_report import ANSWER_S, EXIT_HANG, STDERR, Hang, report_hang
 
 WAITING_FOR_DATA, TRAINING, DONE = "waiting for data", "training", "done"
@@ -71,6 +71,7 @@ class Watchdog:
         least_s: no step is a hang before so many seconds.
         describe: what else to write, as from the data's threads; asked in a thread of its own, for 10 s at most.
         heartbeats: None in a run of one process.
+        waits_for_ranks: whether the wait for data is one for other ranks, which are to load some of it.
         on_hang: called last with `EXIT_HANG`, from another thread; does not return.
         step: steps done before.
         beat_s: seconds between two looks at the clock, and between two beats.
@@ -84,12 +85,14 @@ class Watchdog:
         least_s: float,
         describe: Callable[[], dict] | None = None,
         heartbeats: Heartbeats | None = None,
+        waits_for_ranks: Callable[[], bool] = lambda: False,
         on_hang: Callable[[int], Any] = os._exit,
         step: int = 0,
         beat_s: float = BEAT_S,
     ):
         self._folder, self._rank, self._factor, self._least_s = folder, rank, factor, least_s
         self._describe, self._heartbeats, self._on_hang = describe, heartbeats, on_hang
+        self._waits_for_ranks = waits_for_ranks
         self._beat_s = beat_s
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
         now = time.monotonic()
@@ -189,8 +192,10 @@ class Watchdog:
         """The thread that beats, and hears of a hang that another rank has found. It may block; the clock goes on."""
         while not self._ended.is_set():
             mark = self._mark
+            elsewhere = mark.place == WAITING_FOR_DATA and self._waits_for_ranks()
+            place, seconds = WAITING_FOR_RANKS if elsewhere else mark.place, time.monotonic() - mark.since
             try:
-                alarm = self._heartbeats.beat(mark.step, mark.place, time.monotonic() - mark.since, mark.excused)
+                alarm = self._heartbeats.beat(mark.step, place, seconds, mark.excused)
             except RuntimeError:  # the store's host is gone: the clock still counts
                 return
             if alarm is not None and not self._reporting.locked():

@@ -133,6 +133,37 @@ def test_epochs_hold_every_clip_and_differ(good, tmp_path):
 
 
 @pytest.mark.parametrize("group_data", [False, True])
+def test_ranks_that_share_clips_load_each_once(good, tmp_path, group_data):
+    plan, config = good
+    config = DataConfig(**{**config.__dict__, "group_data": group_data, "dataloader_num_workers": 1})
+    whole = take(make_loader(plan, config, tmp_path), 6)
+    shared = dict(world_size=4, sp_size=2)
+    each = [take(make_loader(plan, config, tmp_path, rank=rank, **shared), 6) for rank in range(4)]
+    for number, expected in enumerate(whole):
+        batches = [ranks[number] for ranks in each]
+        clips = sorted(fact for batch in batches for fact in facts([batch]))
+        assert clips == sorted(facts([expected]))
+        images = group_data and expected.clips[0].bucket.frames == 1
+        assert [batch.ranks_per_clip for batch in batches] == [1 if images else 2] * 4
+        assert [batch.slots for batch in batches] == ([[0], [1], [2], [3]] if images else [[0, 1]] * 2 + [[2, 3]] * 2)
+        for rank, batch in enumerate(batches):
+            assert {clip.slot for clip in batch.clips} <= set(batch.slots)
+            assert {clip.rank for clip in batch.clips} == {rank} and batch.size == 4
+    # Another start, another share: turns go by the place in the epoch.
+    place = each[1][4].epoch, each[1][4].index
+    again = make_loader(plan, config, tmp_path, rank=1, **shared, epoch=place[0], first_batch=place[1])
+    assert facts(take(again, 2)) == facts(each[1][4:])
+
+
+def test_a_rank_without_a_turn_gets_the_batch_all_the_same(good, tmp_path):
+    plan, config = good
+    sharing = dict(global_batch_size=1, world_size=2, sp_size=2)
+    each = [take(make_loader(plan, config, tmp_path, rank=rank, **sharing), 8) for rank in range(2)]
+    assert [[len(batch.clips) for batch in batches] for batches in each] == [[1, 0] * 4, [0, 1] * 4]
+    assert [batch.slots for batches in each for batch in batches] == [[0]] * 16
+
+
+@pytest.mark.parametrize("group_data", [False, True])
 def test_workers_ranks_and_resume_do_not_change_contents(good, tmp_path, group_data):
     plan, config = good
     config = DataConfig(**{**config.__dict__, "group_data": group_data})

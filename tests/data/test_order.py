@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osp_fast.data.buckets import Bucket
-from osp_fast.data.order import epoch_batches, rank_share
+from osp_fast.data.order import epoch_batches, load_in_turns, rank_share, ranks_per_clip
 
 LONG, SHORT, IMAGE = Bucket(93, 480, 640), Bucket(29, 480, 640), Bucket(1, 480, 640)
 MIXED = [LONG, IMAGE, SHORT, LONG, LONG, IMAGE, LONG] * 13 + [SHORT]
@@ -91,6 +91,20 @@ def test_ranks_together_load_the_global_batch(group, world_size):
 def test_unequal_shares_are_refused(clips, rank, world_size):
     with pytest.raises(ValueError, match="has no equal share"):
         rank_share(range(clips), rank, world_size)
+
+
+@pytest.mark.parametrize(("clips", "ranks"), [(1, 2), (2, 2), (3, 2), (2, 4), (5, 4)])
+def test_ranks_load_shared_clips_in_turns(clips, ranks):
+    steps = [range(clips * step, clips * (step + 1)) for step in range(ranks)]
+    turns = [[load_in_turns(slots, slots[0], rank, ranks) for slots in steps] for rank in range(ranks)]
+    for step, slots in enumerate(steps):
+        assert sorted(slot for turn in turns for slot in turn[step]) == list(slots)
+    assert {sum(map(len, turn)) for turn in turns} == {clips}  # after so many steps all have loaded as many
+
+
+def test_images_are_shared_only_where_they_are_mixed_with_videos():
+    assert [ranks_per_clip(bucket, 4, True) for bucket in (IMAGE, SHORT)] == [1, 4]
+    assert [ranks_per_clip(bucket, 4, False) for bucket in (IMAGE, SHORT)] == [4, 4]
 
 
 def test_no_clips_no_batches():

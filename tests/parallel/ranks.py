@@ -9,7 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "diffusers.optimization", "osp_fast.train", "torch.distributed.fsdp"])
+CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "diffusers.optimization",
+        "osp_fast.train",
+        "torch.distributed.fsdp",
+        "transformers.models.t5.modeling_t5",
+        "transformers.models.auto.tokenization_auto",
+    ]
+)
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.wfvae import WFVAE
 from osp_fast.seeding import torch_generator
 from osp_fast.training.prepare import BatchMaker
-from osp_fast.training.step import DenoisingLoss
+from osp_fast.training.step import DenoisingLoss, MicroBatch
 
 SHAPE = DiTConfig(
     num_layers=3, num_attention_heads=2, attention_head_dim=12, caption_channels=8, cross_attention_dim=24
@@ -31,6 +31,7 @@ class Clip:
     caption: str = "a red circle"
     path: str = "clip.mp4"
     clip_index: int = 0
+    rank: int = 0
 
 
 @dataclass
@@ -43,6 +44,11 @@ class Batch:
     size: int
     clips: list[Clip]
     wait_s: float = 0.0
+    ranks_per_clip: int = 1
+
+    @property
+    def slots(self) -> list[int]:
+        return [clip.slot for clip in self.clips]
 
 
 class ClipLoss:
@@ -51,8 +57,11 @@ class ClipLoss:
     def __init__(self, maker: BatchMaker, loss: DenoisingLoss):
         self.maker, self.loss, self.dit = maker, loss, loss.dit
 
+    def make(self, clips: list[Clip], step: int, slots: int = 1) -> MicroBatch:
+        return self.maker(clips, self.maker.read(clips, step), step, slots)
+
     def __call__(self, clips: list[Clip], step: int, slots: int = 1) -> torch.Tensor:
-        return self.loss(self.maker(clips, step, slots))
+        return self.loss(self.make(clips, step, slots))
 
 
 class Words(nn.Module):

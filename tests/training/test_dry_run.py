@@ -105,6 +105,20 @@ def test_flags_and_buckets():
     assert 10 * adapters.gradients < adapters.weights and adapters.optimizer == 2 * adapters.gradients
 
 
+def test_gpus_that_share_clips():
+    size = dict(model="OpenSoraT2V_v1_3-2B/122", num_frames=29, max_height=256, max_width=256, group_data=True)
+    shared = dict(sp_size=2, train_sp_batch_size=2, gradient_checkpointing=True, dry_run=[2, 3], **size)
+    buckets = {Bucket(29, 256, 256): 3, Bucket(1, 256, 256): 9}
+    ((one, image_of_one),), _ = tables(make_config(dry_run=[2], gradient_checkpointing=True, **size), buckets)
+    ((two, image),), text = tables(make_config(**shared), buckets)
+    assert image == image_of_one and (two["clips"], one["clips"]) == ("2", "1")
+    # Half of two clips on each is as much as one clip on each, but for their texts and what they send.
+    for name, tolerance in (("activations", 0.2), ("s/step", 0.15), ("tokens/s", 0.15), ("weights", 0)):
+        found, expected = (float(row[name].replace(",", "")) for row in (two, one))
+        assert found == pytest.approx(expected, rel=tolerance), name
+    assert "2 GPUs hold skip sets" in text and "3 GPUs: --sp_size 2 does not divide the 3 GPUs" in text
+
+
 def test_what_cannot_be_ends_in_a_sentence(monkeypatch):
     with pytest.raises(UserError, match="give --max_height, --max_width and --num_frames"):
         dry_run(make_config(max_height=None, max_width=None, max_hxw=4096), None, print)

@@ -1,4 +1,4 @@
-"""Signals become a wish to stop; non-finite steps are counted and listed; what this version cannot do is refused."""
+"""Signals become a wish to stop; non-finite steps are counted and listed."""
 
 import json
 import os
@@ -6,9 +6,8 @@ import signal
 
 import pytest
 
-from osp_fast.config import RunConfig
 from osp_fast.errors import UserError
-from osp_fast.training.guards import NonFiniteGuard, StopSignals, note_skipped, refuse_sequence_parallelism
+from osp_fast.training.guards import NonFiniteGuard, StopSignals, note_skipped
 
 
 @pytest.mark.parametrize(
@@ -40,12 +39,6 @@ def test_non_finite_steps_in_a_row_end_the_run():
     with pytest.raises(UserError, match=r"step 77, clips c.mp4, d.mp4.*--learning_rate"):
         guard.non_finite(77, ["c.mp4", "d.mp4"])
     assert guard.skipped == 4 + 2 * 5 - 1
-
-
-def test_sequence_parallel_runs_are_refused():
-    with pytest.raises(UserError, match="--sp_size 2.*not part of this version"):
-        refuse_sequence_parallelism(RunConfig(sp_size=2))
-    assert refuse_sequence_parallelism(RunConfig()) is None  # it did not raise
 
 
 def test_skipped_steps_are_listed_and_a_full_disk_is_only_told(tmp_path):

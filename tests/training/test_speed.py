@@ -79,7 +79,7 @@ def test_rehearsing_every_bucket_changes_nothing_and_afterwards_nothing_is_compi
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("osp_fast.training.speed.compile_blocks", lambda dit, n: honest(dit, n, backend="eager"))
         plan = Plan(buckets=BUCKETS)
-        counter, graphs = set_up(config, trainer, loss.maker, plan, sizes, True, lines.append)
+        counter, graphs = set_up(config, trainer, loss.maker, plan, sizes, True, None, lines.append)
     assert [line.split(":")[0] for line in lines if line.startswith("compiling")] == [
         "compiling bucket 1/2",
         "compiling bucket 2/2",
@@ -122,11 +122,11 @@ class Replayed:
 def test_steps_by_graphs_are_the_steps_without(make_loss, make_clip, monkeypatch):
     monkeypatch.setattr("osp_fast.training.speed.CudaMachine", Replayed)
     loss, lines = make_loss(config_of()), []
-    rehearsal = Rehearsal(loss.maker, loss.loss, 8, torch.float32)
-    graphs = capture(loss.dit, BatchSizes(dict.fromkeys(BUCKETS, 2), 2, 1), rehearsal, False, lines.append)
+    rehearsal = Rehearsal(loss.maker, loss.loss, BatchSizes(dict.fromkeys(BUCKETS, 2), 2, 1), 8, torch.float32)
+    graphs = capture(loss.dit, rehearsal, False, lines.append)
     assert len(lines) == 2 and all(line.endswith(": kept") for line in lines)
     for size in ((5, 16, 16), (1, 32, 16)):
-        batches = [loss.maker([make_clip(slot, size), make_clip(slot + 1, size)], 0, 4) for slot in (0, 2)]
+        batches = [loss.make([make_clip(slot, size), make_clip(slot + 1, size)], 0, 4) for slot in (0, 2)]
         expected = accumulate_gradients(loss.loss, batches)
         gradients = [parameter.grad.clone() for parameter in loss.dit.parameters()]
         loss.dit.zero_grad(set_to_none=True)

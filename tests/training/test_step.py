@@ -22,7 +22,7 @@ def loss(make_loss):
 def gradients(loss, clips, micro_batch: int, step: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     loss.dit.zero_grad(set_to_none=True)
     parts = [clips[first : first + micro_batch] for first in range(0, len(clips), micro_batch)]
-    losses = accumulate_gradients(loss.loss, [loss.maker(part, step, SLOTS) for part in parts])
+    losses = accumulate_gradients(loss.loss, [loss.make(part, step, SLOTS) for part in parts])
     return losses, torch.cat([parameter.grad.flatten() for parameter in loss.dit.parameters()])
 
 
@@ -135,10 +135,10 @@ def test_flow_and_noise_offset_train_too(make_loss, make_clip):
 def test_timesteps_are_stratified_over_the_slots_of_a_step(make_loss, make_clip, flow):
     config = TrainConfig()
     config.diffusion.rf_scheduler, config.diffusion.weighting_scheme = flow, "uniform"
-    maker = make_loss(config).maker
+    make = make_loss(config).make
     clips = [make_clip(slot, (1, 16, 16)) for slot in range(8)]
     for step in range(3):
-        whole = maker(clips, step, 8).timesteps
+        whole = make(clips, step, 8).timesteps
         assert [int(8 * t / 1000.001) for t in whole.tolist()] == list(range(8))
         # Whoever makes a part of the batch draws the same.
-        assert torch.equal(torch.cat([maker(part, step, 8).timesteps for part in (clips[:3], clips[3:])]), whole)
+        assert torch.equal(torch.cat([make(part, step, 8).timesteps for part in (clips[:3], clips[3:])]), whole)

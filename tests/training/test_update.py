@@ -30,7 +30,7 @@ def update_of(dit, max_norm: float = 1.0) -> Update:
 @pytest.mark.parametrize("max_norm", [0.01, 1e6])
 def test_clipped_and_stepped_as_pytorch_does(make_loss, make_clip, max_norm):
     loss = make_loss()
-    batches = [loss.maker([make_clip(slot, (1, 16, 16))], 0, 2) for slot in range(2)]
+    batches = [loss.make([make_clip(slot, (1, 16, 16))], 0, 2) for slot in range(2)]
     update, other = update_of(loss.dit, max_norm), copy.deepcopy(loss.dit)
     losses = accumulate_gradients(loss.loss, batches)
     for parameter, theirs in zip(loss.dit.parameters(), other.parameters(), strict=True):
@@ -49,7 +49,7 @@ def test_clipped_and_stepped_as_pytorch_does(make_loss, make_clip, max_norm):
 def test_what_is_not_finite_changes_nothing(make_loss, make_clip, where):
     loss = make_loss()
     update = update_of(loss.dit)
-    batch = loss.maker([make_clip(0, (1, 16, 16))], 0, 1)
+    batch = loss.make([make_clip(0, (1, 16, 16))], 0, 1)
 
     def everything() -> dict[str, torch.Tensor]:
         tensors = {**loss.dit.state_dict(), **state_tensors(update.optimizer, update.shards)}
@@ -99,7 +99,7 @@ class Waits(TorchDispatchMode):
 def test_a_step_makes_the_host_wait_for_nothing(make_loss, make_clip, monkeypatch):
     loss = make_loss()
     update = update_of(loss.dit)
-    batches = [loss.maker([make_clip(slot, (5, 16, 16))], 0, 2) for slot in range(2)]
+    batches = [loss.make([make_clip(slot, (5, 16, 16))], 0, 2) for slot in range(2)]
     with monkeypatch.context() as patched, Waits(patched) as waits:
         numbers = update(accumulate_gradients(loss.loss, batches), 1)
         assert waits.names == []

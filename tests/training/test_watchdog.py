@@ -10,7 +10,14 @@ import torch.distributed as dist
 from osp_fast.parallel.heartbeats import WAITING_FOR_RANKS, Heartbeats
 from osp_fast.training import hang_report
 from osp_fast.training.hang_report import EXIT_HANG, Hang, ReportFile, report_hang
-from osp_fast.training.watchdog import FIRST_FACTOR, FIRST_STEPS, PHASE_FACTOR, Watchdog
+from osp_fast.training.watchdog import (
+    FIRST_FACTOR,
+    FIRST_STEPS,
+    PHASE_FACTOR,
+    TRAINING,
+    WAITING_FOR_DATA,
+    Watchdog,
+)
 
 LEAST_S = 0.2
 
@@ -133,6 +140,18 @@ def test_waiting_for_a_rank_that_saves_is_no_hang(hangs, monkeypatch):
             assert hangs.found.wait(10)
     report = (hangs.folder / "hang-step-4-rank-0.txt").read_text()
     assert "rank 1 (host b) is at step 4 in 'left with KeyError'" in report
+
+
+def test_a_wait_for_clips_of_other_ranks_is_told_as_such(hangs):
+    store, waiting, until = dist.HashStore(), [True], time.monotonic() + 10
+    with hangs.watchdog(factor=1e6, heartbeats=Heartbeats(store, 0, 1), waits_for_ranks=lambda: waiting[0]) as watchdog:
+        for place, waiting[0] in ((WAITING_FOR_RANKS, True), (WAITING_FOR_DATA, False)):
+            while (beat := Heartbeats(store, 1, 1).read()[0]) is None or beat.place != place:
+                assert time.monotonic() < until, beat
+        waiting[0] = True
+        watchdog.step_started(1)
+        while Heartbeats(store, 1, 1).read()[0].place != TRAINING:
+            assert time.monotonic() < until
 
 
 def test_all_ranks_report_what_one_has_found(hangs, monkeypatch, capfd):
