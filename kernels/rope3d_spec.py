@@ -29,6 +29,7 @@ SHAPES = (
     *(Shape(clip, _sizes(size)) for clip, size in CLIPS.items()),
     Shape("16 images 640x640", _sizes((1, 40, 40), batch=16)),
     Shape("93x640x640, with norm", _sizes(CLIPS["93x640x640"], norm=True)),
+    Shape("93x640x640, in any order", _sizes(CLIPS["93x640x640"], positions=True)),
 )
 
 
@@ -42,8 +43,9 @@ def make_inputs(
     heads: int,
     head_dim: int,
     norm: bool,
+    positions: bool = False,
 ) -> dict[str, Any]:
-    """qkv as the projection writes it, the table of the clip and, if asked for, float32 weights around one."""
+    """qkv as the projection writes it, the clip's table and, if asked for, positions and float32 weights around one."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -52,25 +54,30 @@ def make_inputs(
     tokens = size[0] * size[1] * size[2]
     qkv = normal(batch, tokens, 3, heads, head_dim, dtype=dtype).requires_grad_()
     inputs = {"qkv": qkv, "rope": make_rope3d(size, head_dim, device=device)}
+    if positions:
+        order = torch.randperm(tokens, generator=generator, device=device).int()
+        inputs["rope"] = inputs["rope"]._replace(positions=order)
     if norm:
         for name in ("q_weight", "k_weight"):
             inputs[name] = (1 + 0.1 * normal(head_dim, dtype=torch.float32)).requires_grad_()
     return inputs
 
 
-def flops(direction: str, *, batch, size, heads, head_dim, norm) -> float:
+def flops(direction: str, *, batch, size, heads, head_dim, norm, positions=False) -> float:
     """Six for each pair of channels; with norm 8 more forward and 22 backward."""
     pairs = batch * size[0] * size[1] * size[2] * heads * head_dim  # of q and of k, D/2 each
     return pairs * (6 + norm * (8 if direction == "forward" else 22))
 
 
-def moved_bytes(direction: str, *, batch, size, heads, head_dim, norm) -> float:
+def moved_bytes(direction: str, *, batch, size, heads, head_dim, norm, positions=False) -> float:
     """In 16 bits: q and k read and written; backward three gradients read, three written, with norm q and k again.
 
-    The table (8 D/6 (T + H + W) bytes), the weights and the sums for their gradients are small and left out.
+    Positions are four bytes for each token. The table (8 D/6 (T + H + W) bytes), the weights and the sums for their
+    gradients are small and left out.
     """
-    tensor = 2 * batch * size[0] * size[1] * size[2] * heads * head_dim
-    return 4 * tensor if direction == "forward" else (6 + 2 * norm) * tensor
+    tokens = size[0] * size[1] * size[2]
+    tensor = 2 * batch * tokens * heads * head_dim
+    return (4 if direction == "forward" else 6 + 2 * norm) * tensor + 4 * tokens * positions
 
 
 def predicted(direction: str, **sizes: Any) -> float:

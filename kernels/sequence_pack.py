@@ -77,7 +77,7 @@ def sequence_pack_triton(
     """`sequence_pack` by the Triton kernels alone. Raises ValueError also where they cannot run."""
     _check_qkv(qkv, layout, rope, q_weight, k_weight, eps)
     check_triton("sequence_pack", qkv, *(x for x in (q_weight, k_weight) if x is not None))
-    return torch.ops.osp_fast.sequence_pack(qkv, *_place(rope, layout), q_weight, k_weight, eps, _deal(layout))
+    return torch.ops.osp_fast.sequence_pack(qkv, *rope_place(rope, layout), q_weight, k_weight, eps, deal_of(layout))
 
 
 def sequence_pack_rounds(
@@ -95,7 +95,7 @@ def sequence_pack_rounds(
     if constant_path(qkv.device) == "triton":
         check_triton("sequence_pack_rounds", qkv)
         heads = [layout.heads for layout in layouts]
-        return sequence_pack_ops.PackedRounds.apply(qkv, *_place(rope, whole), heads, _deal(whole))
+        return sequence_pack_ops.PackedRounds.apply(qkv, *rope_place(rope, whole), heads, deal_of(whole))
     return sequence_pack_rounds_ref(qkv, layouts, rope)
 
 
@@ -137,7 +137,7 @@ def unpack_output(buffer: Tensor, layout: SequenceLayout) -> Tensor:
     sizes = (layout.batch, layout.tokens_of(layout.rank), layout.heads, layout.head_dim)
     _check_buffer(buffer, sizes)
     check_triton("unpack_output", buffer)
-    return torch.ops.osp_fast.sequence_unpack_parts(buffer, sizes, _deal(layout))
+    return torch.ops.osp_fast.sequence_unpack_parts(buffer, sizes, deal_of(layout))
 
 
 def output_pieces(buffer: Tensor, layout: SequenceLayout) -> list[Tensor]:
@@ -219,12 +219,12 @@ def _from_rank(rope: Rope3D, layout: SequenceLayout) -> Rope3D:
     return rope if rope.positions is not None else rope._replace(start=rope.start + layout.first_token())
 
 
-def _place(rope: Rope3D | None, layout: SequenceLayout) -> tuple:
+def rope_place(rope: Rope3D | None, layout: SequenceLayout) -> tuple:
     """A `Rope3D`'s fields for this rank's tokens, as the operations take them."""
     return sequence_pack_ops.NO_ROPE if rope is None else tuple(_from_rank(rope, layout))
 
 
-def _deal(layout: SequenceLayout) -> list[int]:
+def deal_of(layout: SequenceLayout) -> list[int]:
     """How units are made and dealt, as the operations take it."""
     return [layout.ranks, layout.sets, layout.run]
 

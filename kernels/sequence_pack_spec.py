@@ -7,6 +7,7 @@ At eight ranks a call takes some 50 us, of which the launch is a tenth.
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -14,9 +15,8 @@ from osp_fast.kernels import sequence_pack_launch
 from osp_fast.kernels.rope3d import make_rope3d
 from osp_fast.kernels.rope3d_launch import tile_constants
 from osp_fast.kernels.rope3d_spec import CLIPS, NARROW_POSITIONS, NARROW_WEIGHT_SUMS, row_kernel_build
-from osp_fast.kernels.sequence_pack import SequenceLayout, sequence_pack, sequence_pack_ref
+from osp_fast.kernels.sequence_pack import SequenceLayout, deal_of, rope_place, sequence_pack, sequence_pack_ref
 from osp_fast.kernels.sequence_pack_kernels import sequence_pack_kernel, sequence_unpack_kernel
-from osp_fast.kernels.sequence_pack_ops import NO_ROPE
 from osp_fast.kernels.spec import COPY_RATE, LAUNCH_SECONDS, REACHED, KernelBuild, OpSpec, Shape, Tunable
 from torch import Tensor
 
@@ -34,6 +34,7 @@ SHAPES = (
     Shape("93x640x640, 7 ranks, uneven", _sizes(CLIPS["93x640x640"], 7, 3)),
     Shape("93x640x640, 8 ranks, with norm", _sizes(CLIPS["93x640x640"], 8, 3, norm=True)),
     Shape("93x640x640, 8 ranks, copied", _sizes(CLIPS["93x640x640"], 8, 3, rope=False)),
+    Shape("93x640x640, 16 ranks, 4 sets", _sizes(CLIPS["93x640x640"], 16, 3, sets=4)),
     Shape("16 images 640x640, 8 ranks", _sizes((1, 40, 40), 8, 3, batch=16)),
 )
 
@@ -51,26 +52,38 @@ def make_inputs(
     head_dim: int,
     rope: bool,
     norm: bool,
+    sets: int = 1,
 ) -> dict[str, Any]:
-    """One rank's qkv as the projection writes it, the layout and, if asked for, rope and float32 weights around one."""
+    """One rank's qkv as the projection writes it, the layout and, if asked for, rope and float32 weights around one.
+
+    Several sets are those of group skip, whole periods on each rank, whose tokens are told their positions.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
-    layout = SequenceLayout(ranks, rank, size[0] * size[1] * size[2], heads, head_dim, batch)
+    layout = SequenceLayout(ranks, rank, math.prod(size), heads, head_dim, batch, sets * sets, sets, sets)
     qkv = normal(batch, layout.tokens_of(rank), 3, heads, head_dim, dtype=dtype).requires_grad_()
     inputs = {"qkv": qkv, "layout": layout, "rope": make_rope3d(size, head_dim, device=device) if rope else None}
+    if rope and sets > 1:
+        first, last = layout.first_token(), layout.first_token() + layout.tokens_of(rank)
+        places = torch.arange(first, last, dtype=torch.int32, device=device)
+        inputs["rope"] = inputs["rope"]._replace(positions=places)
     if norm:
         for name in ("q_weight", "k_weight"):
             inputs[name] = (1 + 0.1 * normal(head_dim, dtype=torch.float32)).requires_grad_()
     return inputs
 
 
-def _elements(ranks: int, rank: int, batch: int, size: tuple[int, int, int], heads: int, head_dim: int) -> int:
+def _tokens(ranks: int, rank: int, size: tuple[int, int, int], sets: int = 1, **others: Any) -> int:
+    """Of this rank."""
+    return SequenceLayout(ranks, rank, math.prod(size), 1, 1, grain=sets * sets).tokens_of(rank)
+
+
+def _elements(**sizes: Any) -> int:
     """Of q on this rank."""
-    tokens = size[0] * size[1] * size[2]
-    return batch * SequenceLayout(ranks, rank, tokens, heads, head_dim).tokens_of(rank) * heads * head_dim
+    return sizes["batch"] * _tokens(**sizes) * sizes["heads"] * sizes["head_dim"]
 
 
 def flops(direction: str, *, rope, norm, **sizes) -> float:
@@ -79,8 +92,12 @@ def flops(direction: str, *, rope, norm, **sizes) -> float:
 
 
 def moved_bytes(direction: str, *, rope, norm, **sizes) -> float:
-    """In 16 bits: q, k, v read and written once each way; with norm q and k are read again backward."""
-    return 2 * _elements(**sizes) * (6 if direction == "forward" else 6 + 2 * norm)
+    """In 16 bits: q, k, v read and written once each way; with norm q and k are read again backward.
+
+    Positions, with several sets, are four bytes for each token.
+    """
+    positions = 4 * _tokens(**sizes) * (rope and sizes.get("sets", 1) > 1)
+    return 2 * _elements(**sizes) * (6 if direction == "forward" else 6 + 2 * norm) + positions
 
 
 def predicted(direction: str, **sizes: Any) -> float:
@@ -154,13 +171,13 @@ def tuning_call(inputs: dict[str, Any], kernel: str):
     if kernel == "sequence_pack forward":
         return functools.partial(sequence_pack, **detached)
     qkv, layout, rope = detached["qkv"], detached["layout"], detached["rope"]
-    place = NO_ROPE if rope is None else rope._replace(start=layout.first_token())
+    place = rope_place(rope, layout)
     weights = [detached.get(name) for name in ("q_weight", "k_weight")]
     saved = qkv if weights[0] is not None else None
     sizes = (*qkv.shape[:2], *qkv.shape[3:])
     buffer = torch.randn_like(qkv).flatten()
     operation = torch.ops.osp_fast.sequence_pack_backward
-    return functools.partial(operation, buffer, sizes, *place, saved, *weights, 1e-6, [layout.ranks, 1, 1])
+    return functools.partial(operation, buffer, sizes, *place, saved, *weights, 1e-6, deal_of(layout))
 
 
 SPEC = OpSpec(

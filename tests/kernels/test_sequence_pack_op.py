@@ -160,9 +160,9 @@ def test_three_processes_exchange_by_these_splits(tmp_path):
     assert run(script, tmp_path / "store", OSP_FAST_KERNELS="reference").endswith("ok\n")
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_spec_makes_calls_that_run(norm):
-    sizes = dict(ranks=3, rank=1, batch=2, size=(1, 3, 4), heads=2, head_dim=24, rope=True, norm=norm)
+@pytest.mark.parametrize("norm, sets", [(False, 1), (True, 2)])
+def test_spec_makes_calls_that_run(norm, sets):
+    sizes = dict(ranks=3, rank=1, batch=2, size=(1, 3, 4), heads=2, head_dim=24, rope=True, norm=norm, sets=sets)
     inputs = SPEC.make_inputs(device="cpu", dtype=torch.float32, seed=0, **sizes)
     assert torch.allclose(SPEC.operation(**inputs), sequence_pack_ref(**inputs), atol=1e-5)
     bound = {name: SPEC.tunable.bind(inputs, name) for name, _ in SPEC.tunable.candidates(inputs, 0)}
@@ -173,9 +173,10 @@ def test_spec_makes_calls_that_run(norm):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_moves_the_bytes_of_the_spec(norm, count_traffic):
-    sizes = dict(ranks=3, rank=1, batch=2, size=(1, 3, 5), heads=2, head_dim=24, rope=True, norm=norm)
+    width, sets = (8, 2) if norm else (5, 1)  # this rank's tokens are the middle one of three rows
+    sizes = dict(ranks=3, rank=1, batch=2, size=(1, 3, width), heads=2, head_dim=24, rope=True, norm=norm, sets=sets)
     inputs = SPEC.make_inputs(device="cpu", dtype=torch.float16, seed=0, **sizes)
-    table, vectors = 2 * 4 * 4 * (1 + 1 + 5), norm * 2 * 24 * 4  # the middle five of fifteen tokens: a row of them
+    table, vectors = 2 * 4 * 4 * (1 + 1 + width), norm * 2 * 24 * 4
     with count_traffic() as moved:
         out = sequence_pack(**inputs)
     assert moved.loaded + moved.stored == SPEC.bytes("forward", **sizes) + table + vectors
