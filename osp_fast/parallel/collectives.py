@@ -59,11 +59,6 @@ def arrived(coming: Coming, splits: Splits, group: str) -> Tensor:
     return _Arrived.apply(coming.contents, coming.ticket, *splits, group)
 
 
-def all_to_all(x: Tensor, splits: Splits, group: str) -> Tensor:
-    """`begin_all_to_all` and `arrived` in one, without a gradient."""
-    return _wait(_begin(x, *splits, group))
-
-
 def _begin(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
     return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group)
 

@@ -73,7 +73,7 @@ class SequenceExchange:
         key = tokens, heads, device
         if key not in self._clips:
             sets = self.shared_sets(heads)
-            self._clips[key] = SharedClip(self._layout(tokens, heads), self.rank, sets, device, self.everyone.group)
+            self._clips[key] = SharedClip(self._layout(tokens, heads), self.rank, sets, device, self.everyone)
         return self._clips[key]
 
     def shared_sets(self, heads: int) -> int:

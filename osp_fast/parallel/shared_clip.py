@@ -6,19 +6,20 @@ from torch import Tensor
 
 from osp_fast.kernels.rope3d import Rope3D
 from osp_fast.models.attention import VisibleKeys
-from osp_fast.parallel.collectives import Splits, all_to_all
+from osp_fast.parallel.collectives import Splits
+from osp_fast.parallel.links import Link
 from osp_fast.parallel.token_layout import CONSECUTIVE, TokenLayout
 
 
 class SharedClip:
     """What the DiT needs of a clip that its rank shares with others: a `SharedTokens`.
 
-    layout: who holds which tokens; rank: which of them this is; group: the name of theirs
+    layout: who holds which tokens; rank: which of them this is; everyone: the way to all of them
     sets: that ranks of a scope deal out in units of a set and a head, see `SequenceExchange.shared_sets`
     """
 
-    def __init__(self, layout: TokenLayout, rank: int, sets: int, device: torch.device, group: str):
-        self._layout, self._rank, self._sets, self._device, self._group = layout, rank, sets, device, group
+    def __init__(self, layout: TokenLayout, rank: int, sets: int, device: torch.device, everyone: Link):
+        self._layout, self._rank, self._sets, self._device, self._everyone = layout, rank, sets, device, everyone
         self._orders: dict[tuple[str, str], Tensor] = {}
 
     def share(self, x: Tensor, kind: str) -> Tensor:
@@ -37,7 +38,7 @@ class SharedClip:
         """All tokens (B, N, C) on every rank, of this rank's (B, n, C). Each rank's loss must be of all of them."""
         layout = self._layout
         counts = [layout.count(rank) for rank in range(layout.plan.ranks)]
-        return _Gathered.apply(x, counts, self._order(kind, "kept"), self._order(kind, "places"), self._group)
+        return _Gathered.apply(x, counts, self._order(kind, "kept"), self._order(kind, "places"), self._everyone)
 
     def _is_plain(self, kind: str) -> bool:
         """Whether the rank's tokens are consecutive, and none is added."""
@@ -86,14 +87,17 @@ class _Gathered(torch.autograd.Function):
     """Every rank gets the whole and has its gradient, of which its own tokens' part is its own."""
 
     @staticmethod
-    def forward(ctx, x, counts, kept, places, group):
+    def forward(ctx, x, counts, kept, places, everyone):
         ctx.save_for_backward(kept)
-        batch, tokens, channels = x.shape
+        batch, _, channels = x.shape
         cell = batch * channels
         # Shares may differ, so it is an all-to-all with the same for everyone.
         sent = x.transpose(0, 1).reshape(-1).repeat(len(counts))
-        splits = Splits([tokens * cell] * len(counts), [count * cell for count in counts])
-        received = all_to_all(sent, splits, group).view(-1, batch, channels)
+
+        def splits(rank: int) -> Splits:
+            return Splits([counts[rank] * cell] * len(counts), [count * cell for count in counts])
+
+        received = everyone.arrived(everyone.begin(sent, splits, "prediction"), splits).view(-1, batch, channels)
         return received.index_select(0, places).transpose(0, 1)
 
     @staticmethod

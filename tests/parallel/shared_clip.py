@@ -175,8 +175,8 @@ class AtOnce:
         assert mark == "done"
 
 
-def through_files(exchange, folder: Path) -> None:
-    """Let an exchange without gradients go through `PeerMemory`."""
+def through_files(exchange, folder: Path):
+    """Let an exchange without gradients go through `PeerMemory`. Returns it."""
     import torch.distributed as dist
 
     from osp_fast.parallel.peer_memory import PeerMemory
@@ -189,6 +189,7 @@ def through_files(exchange, folder: Path) -> None:
             return FileBuffer(Path(f"{stem}-{next(made)}"), link.rank, link.group, size)
 
         setattr(exchange, name, replace(link, peers=PeerMemory(link.rank, len(ranks), allocate, AtOnce())))
+    return exchange
 
 
 def share_clips(folder: str) -> None:
@@ -217,11 +218,10 @@ def share_clips(folder: str) -> None:
                 results["prediction, text context"] = cached_text(dit, inputs)
                 through = Path(folder, f"{plan.scope}-{name}")
                 through.mkdir(exist_ok=True)
-                through_files(exchange, through)
+                dit.share_tokens(through_files(group.exchange(plan, 4), through))
                 with Counted() as nothing, torch.no_grad():
                     assert torch.equal(dit(**inputs), whole)
-                exchange = group.exchange(plan, 4)
-                assert nothing.times == 1  # what is gathered in the end has no slot
+                assert nothing.times == 0
                 found[plan.scope, name] = dict(
                     results=results if world.rank == 0 else {"prediction": whole},
                     sent=(forward.bytes, both.bytes - forward.bytes),
