@@ -64,6 +64,7 @@ class ClipSharing:
         except Exception as raised:  # raised again, once the others have heard of it
             error = raised
         note, began = self._note(loaded, error), time.monotonic()
+        self._over = True  # unless all answer, and have a batch
         notes = self._tell(note)
         faults = [note.fault for note in notes if note.fault is not None]
         self._over = bool(faults) or any(note.ended for note in notes)

@@ -72,13 +72,14 @@ def choose_sequence(
 ) -> SequencePlan | None:
     """How `--sp_size` ranks share a clip, told to `report`; None: each has clips of its own.
 
-    There is one way for all of a run, chosen for the clips with the most tokens. Raises `UserError` if `--sp_mode` does
-    not go with the number of ranks.
+    There is one way for all of a run, chosen for the shared clips with the most tokens. Raises `UserError` if
+    `--sp_mode` does not go with the number of ranks.
     """
-    run = config.run
+    run, sizes = config.run, computed_sizes(config, buckets)
     if run.sp_size == 1:
         return None
-    largest = max(computed_sizes(config, buckets), key=lambda size: video_tokens(size, config.model.model))
+    shared = [size for size in sizes if ranks_per_clip(size, run.sp_size, config.data.group_data) > 1]
+    largest = max(shared or sizes, key=lambda size: video_tokens(size, config.model.model))
     work = video_tokens(largest, config.model.model), micro_batch_clips(config, largest), compute_dtype(config.model)
     plan = plan_of_mode(run.sp_mode, run.sp_size, dit.sparse_n if dit.sparse1d else 1)
     if plan is None:
