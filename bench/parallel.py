@@ -22,7 +22,7 @@ from osp_fast.engine.exchange_cost import (
     SharedWork,
     choose_plan,
     collective_seconds,
-    predict_shared_step,
+    predict_step,
 )
 from osp_fast.engine.forward_peak import dit_on_meta, weight_bytes
 from osp_fast.errors import UserError
@@ -144,8 +144,8 @@ def predict_row(config: DiTConfig, weights: int, clip: str, gpus: int) -> Row:
     work = SharedWork(config, workload, H100)
     usual, recomputed = work.training(), work.training(recompute_all=True)
     again = recomputed.computing - usual.computing
-    step = predict_shared_step(config, workload, sharding, 0.0, H100)
-    slower = predict_shared_step(config, workload, sharding, again, H100, range(config.num_layers)).total
+    step = predict_step(config, workload, sharding, 0.0, H100)
+    slower = predict_step(config, workload, sharding, again, H100, range(config.num_layers)).total
     sampling_plan, sampling = predict_sampling(config, case.latent_size, tokens, case.text_tokens, gpus)
     return Row(
         clip,

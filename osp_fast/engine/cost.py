@@ -201,27 +201,6 @@ class StepSeconds:
         return self.products + self.attention + self.memory_bound + self.recompute + self.update + self.communication
 
 
-def predict_step(
-    config: DiTConfig, workload: Workload, sharding: Sharding, recompute: float, device: DeviceModel
-) -> StepSeconds:
-    """Seconds of a step of `sharding.accumulation` micro-batches; recompute: of each, `ActivationPlan` has them."""
-    flops, times = step_flops(config, workload), sharding.accumulation
-    forward_products = flops.products / device.matmul_flops
-    products = (3 if flops.trained else 2) * forward_products
-    forward_attention = flops.attention / device.attention_forward
-    attention = forward_attention + ATTENTION_BACKWARD * flops.attention / device.attention_backward
-    one_pass = config.num_layers * pass_bytes(config, workload) / device.copy_bytes
-    memory_bound = (FORWARD_PASSES + BACKWARD_PASSES) * one_pass
-    if workload.weight_dtype != workload.dtype:
-        memory_bound += CAST_BYTES * sharding.trained / device.copy_bytes
-    update = sharding.local_trained * sharding.optimizer_bytes / device.copy_bytes
-    update += sharding.local_trained * sharding.offloaded_bytes / device.host_bytes
-    forward = forward_products + forward_attention + FORWARD_PASSES * one_pass
-    backward = products + attention + memory_bound + recompute - forward
-    exposed = exposed_communication(config, sharding, workload.weight_dtype, forward, backward, device)
-    return StepSeconds(products * times, attention * times, memory_bound * times, recompute * times, update, exposed)
-
-
 def link_bytes(device: DeviceModel, ranks: int, stride: int = 1) -> float:
     """Bytes/s that each of `ranks` GPUs, every `stride`-th one, receives in a collective.
 

@@ -249,7 +249,7 @@ def bytes_sent(
     return ClipExchange(config, plan, tokens_of(config, latent_size), batch, dtype.itemsize).total(rank)
 
 
-def predict_shared_step(
+def predict_step(
     config: DiTConfig,
     workload: Workload,
     sharding: Sharding,
@@ -257,11 +257,11 @@ def predict_shared_step(
     device: DeviceModel,
     recomputed: Iterable[int] = (),
 ) -> StepSeconds:
-    """`cost.predict_step` for clips that ranks may share: what the clips' exchange exposes is in `communication`.
+    """Seconds of a step of `sharding.accumulation` micro-batches; what exchanges expose is in `communication`.
 
-    The weights' exchange is hidden behind computing as there; that both take the same links is not counted.
+    The weights' exchange hides behind computing, one block ahead; that clips' takes the same links is not counted.
 
-    recompute: seconds of a micro-batch; recomputed: numbers of the blocks that do not keep everything
+    recompute: of each micro-batch, `ActivationPlan` has them; recomputed: numbers of the blocks that do not keep all
     """
     work = SharedWork(config, workload, device)
     forward, both, times = work.forward(), work.training(), sharding.accumulation

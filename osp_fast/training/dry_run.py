@@ -15,7 +15,8 @@ from osp_fast.data.buckets import Bucket
 from osp_fast.engine.activations import ActivationPlan, PlanCost, most_demanding, recompute_everything, sharing_gpus
 from osp_fast.engine.cost import Sharding, Workload, step_flops
 from osp_fast.engine.devices import H100, DeviceModel, find_device
-from osp_fast.engine.exchange_cost import predict_shared_step
+from osp_fast.engine.exchange_cost import predict_step
+from osp_fast.engine.levels import Level
 from osp_fast.errors import UserError
 from osp_fast.models.dit import DiTConfig
 from osp_fast.models.wfvae_plan import Task, gib
@@ -162,7 +163,9 @@ class Prediction:
         if rates is None or workload.dtype != torch.bfloat16:
             return [*cells, "-", "-", "-"]
         ranks = sharing_gpus(workload)
-        seconds = predict_shared_step(self.dit_config, workload, self.sharding, here.recompute_seconds, rates).total
+        again = [index for index, level in enumerate(plan.levels) if level < Level.EVERYTHING]
+        step = predict_step(self.dit_config, workload, self.sharding, here.recompute_seconds, rates, again)
+        seconds = step.total
         each = workload.clips * video_tokens(bucket, self.model) * self.sharding.accumulation / ranks
         flops = step_flops(self.dit_config, workload).model * self.sharding.accumulation / ranks
         speed = [f"{seconds:.3g}", f"{each * self.sharding.gpus / seconds:,.0f}"]

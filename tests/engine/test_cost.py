@@ -8,8 +8,9 @@ from osp_fast.kernels.launch import forced_path
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from osp_fast.engine.cost import Sharding, Workload, block_flops, link_bytes, outer_flops, predict_step, step_flops
+from osp_fast.engine.cost import Sharding, Workload, block_flops, link_bytes, outer_flops, step_flops
 from osp_fast.engine.devices import A100_80, DEVICES, H100, H200, find_device, peak_flops
+from osp_fast.engine.exchange_cost import predict_step
 from osp_fast.models.dit import DIT_CONFIGS, DiT
 
 BIG, TINY = DIT_CONFIGS["OpenSoraT2V_v1_3-2B/122"], DIT_CONFIGS["tiny"]
