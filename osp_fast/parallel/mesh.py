@@ -43,6 +43,11 @@ def make_mesh(device_type: str, size: int, shard_size: int | None = None) -> Dev
 
 def check_sp_size(sp_size: int, size: int) -> None:
     """Raise `UserError` unless `--sp_size` divides the number of ranks."""
+    if sp_size > size:
+        have = "one GPU" if size == 1 else f"{size} GPUs"
+        raise UserError(
+            f"--sp_size {sp_size} is more than the {have} of the run: start it with torchrun --nproc-per-node {sp_size}"
+        )
     if size % sp_size:
         raise UserError(
             f"--sp_size {sp_size} does not divide the {size} GPUs of the run: name how many of them are to share one"

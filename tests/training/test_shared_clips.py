@@ -53,3 +53,5 @@ def test_batches_of_groups_and_of_ranks():
 def test_ranks_that_do_not_make_groups_are_refused():
     with pytest.raises(UserError, match="--sp_size 3 does not divide the 4 GPUs of the run"):
         check_sp_size(3, 4)
+    with pytest.raises(UserError, match="--sp_size 8 is more than the one GPU of the run: start it with torchrun"):
+        check_sp_size(8, 1)
