@@ -14,6 +14,7 @@ hold addresses, which are the same in each replay.
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -292,8 +293,15 @@ class CudaMachine:
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
             # Threads that prepare data may call CUDA meanwhile; only this one's calls must be fit for a capture.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result = call()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    result = call()
+            except RuntimeError:
+                # Older PyTorch leaves its allocator within a capture that was invalidated, and asserts later.
+                with suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                self._pool = torch.cuda.graph_pool_handle()  # the failed one's memory may never come back
+                raise
             return _CudaGraph(graph, result, torch.cuda.memory_reserved() - before)
 
 

@@ -111,18 +111,17 @@ class SharedWork:
         backward = Seconds(self._backward_products * self.outside().products)
         seconds = [*self.blocks(), *self.blocks(backward=True), self.outside(), backward]
         if recompute_all:
-            again = {mode: self._block(mode) for mode in {mode for mode, _ in self._kinds}}
             finish = Seconds(memory_bound=self._passes(FINISH_PASSES))
-            seconds += [part for mode, _ in self._kinds for part in (again[mode], finish)]
+            seconds += [*self.blocks(), *(finish for _, moves in self._kinds if not moves)]
         return Seconds.sum(seconds)
 
     def exposed_again(self, blocks: Iterable[int]) -> float:
         """Seconds that backward waits for the exchange of blocks of these numbers which it recomputes.
 
-        Whatever else a block keeps, what it received is not kept. Nobody waits for the tokens that move again.
+        Whatever else a block keeps, what it received is not kept, and tokens move again.
         """
-        exposed = {mode: self._block(mode).exposed for mode in {mode for mode, _ in self._kinds}}
-        return sum(exposed[self._kinds[index][0]] for index in blocks)
+        exposed = [each.exposed for each in self.blocks()]
+        return sum(exposed[index] for index in blocks)
 
     def blocks(self, backward: bool = False) -> Iterator[Seconds]:
         """Of each block, with the tokens that move behind it."""

@@ -67,6 +67,8 @@ class Block(nn.Module):
         if self.recompute is None or not torch.is_grad_enabled():
             return self._forward(*arguments, finish=False)
         options = dict(use_reentrant=False, preserve_rng_state=False)
+        if self.mover is not None:  # stopped early, what a move has begun would never be awaited, and stay in memory
+            options["early_stop"] = False
         if self.recompute is not noop_context_fn:  # the default, which torch.compile takes only unsaid
             options["context_fn"] = self.recompute
         return checkpoint(self._forward, *arguments, True, **options)

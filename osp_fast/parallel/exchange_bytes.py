@@ -19,7 +19,7 @@ once more where a step cache wants them back in the order of the first block, wh
 
 Backward sends gradients the other way round: where a rank received, it sends. With equal shares these are as many bytes
 again, else B D s (3 (M - n)/S u + n/S (U - u)). The prediction's gradient needs no exchange. A block that is recomputed
-sends its attention's forward once more, and of the tokens that move all parts but the last.
+sends its forward once more.
 """
 
 from collections.abc import Iterator
@@ -141,10 +141,9 @@ class ClipExchange:
 
     def total(self, rank: int) -> ClipBytes:
         """Of a micro-batch."""
-        parts = self.layout.parts if self.plan.scope > 1 else [0]
         forward = backward = recomputed = 0
         for attention, moved in self.blocks(rank):
             forward += attention.forward + moved
             backward += attention.backward + moved
-            recomputed += attention.forward + (self.move(sum(parts[:-1])) if moved else 0)
+            recomputed += attention.forward + moved
         return ClipBytes(forward + self.gather(rank), backward, recomputed)

@@ -81,7 +81,8 @@ class SequenceGroup:
         ranks = torch.arange(world.size).view(-1, size)
         rows, columns = ranks.tolist(), ranks.T.tolist()
         mesh = DeviceMesh.from_group(
-            [join_group(columns, world, timeout_s), join_group(rows, world, timeout_s)],
+            # Weights travel in the group of all ranks, and NCCL keeps the order within a group: clips have their own.
+            [join_group(columns, world, timeout_s), join_group(rows, world, timeout_s, own=True)],
             world.device.type,
             mesh=ranks,
             mesh_dim_names=(outer, SEQUENCE),
@@ -132,14 +133,19 @@ class SequenceGroup:
         return join_group(rows.tolist(), self.world, self.timeout_s)
 
     def _link(self, group: dist.ProcessGroup, report: Callable[[str], None] | None) -> Link:
-        peers = None if report is None else open_peer_memory(self.world, group, report)
+        peers = None if report is None else open_peer_memory(self.world, group, self.timeout_s, report)
         return Link(group.group_name, dist.get_rank(group), peers)
 
 
-def join_group(rows: list[list[int]], world: World, timeout_s: float, backend: str | None = None) -> dist.ProcessGroup:
-    """Make a group of each row of ranks, which all ranks must do; returns the one that this rank is in."""
-    if len(rows) == 1 and backend is None:
+def join_group(
+    rows: list[list[int]], world: World, timeout_s: float, backend: str | None = None, own: bool = False
+) -> dist.ProcessGroup:
+    """Make a group of each row of ranks, which all ranks must do; returns the one that this rank is in.
+
+    own: also where it is of all ranks, who have one already
+    """
+    if len(rows) == 1 and backend is None and not own:
         return dist.group.WORLD
-    timeout = timedelta(seconds=timeout_s)
-    groups = [dist.new_group(row, timeout=timeout, backend=backend) for row in rows]
+    timeout, of_cpus = timedelta(seconds=timeout_s), backend == "gloo"
+    groups = [dist.new_group(row, timeout, backend, use_local_synchronization=of_cpus) for row in rows]
     return next(group for row, group in zip(rows, groups, strict=True) if world.rank in row)

@@ -84,19 +84,20 @@ class PeerMemory:
 class SymmetricBuffer:
     """A `PeerBuffer` of GPUs that reach each other's memory."""
 
-    def __init__(self, size: int, device: torch.device, group: dist.ProcessGroup):
+    def __init__(self, size: int, device: torch.device, group: dist.ProcessGroup, timeout_s: float):
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         self._memory = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
         self._handle = symmetric_memory.rendezvous(self._memory, group.group_name)
+        self._timeout_ms = round(1000 * timeout_s)
 
     def of(self, rank: int, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """See `PeerBuffer`."""
         return self._handle.get_buffer(rank, (count,), dtype, first)
 
     def barrier(self, channel: int) -> None:
-        """See `PeerBuffer`."""
-        self._handle.barrier(channel)
+        """See `PeerBuffer`. Waiting in vain, for the timeout, it ends the device's work with an error."""
+        self._handle.barrier(channel, self._timeout_ms)
 
 
 class CudaLane:
@@ -122,10 +123,12 @@ class CudaLane:
         torch.cuda.current_stream(self._stream.device).wait_event(mark)
 
 
-def open_peer_memory(world: World, group: dist.ProcessGroup, report: Callable[[str], None]) -> PeerMemory | None:
+def open_peer_memory(
+    world: World, group: dist.ProcessGroup, timeout_s: float, report: Callable[[str], None]
+) -> PeerMemory | None:
     """For the ranks of `group`, where all of them reach each other's memory; else None, and why is reported.
 
-    All ranks of the world must call it.
+    timeout_s: of a barrier. All ranks of the world must call it.
     """
     if world.device.type != "cuda":
         return None
@@ -134,7 +137,7 @@ def open_peer_memory(world: World, group: dist.ProcessGroup, report: Callable[[s
         reason = "the GPUs are in several machines"
     else:
         try:
-            SymmetricBuffer(1, world.device, group)
+            SymmetricBuffer(1, world.device, group, timeout_s)
         except (ImportError, RuntimeError) as error:  # an older driver, no NVLink, a build without it
             reason = str(error).strip().splitlines()[0]
     reasons = [found for found in world.gather(reason) if found is not None]
@@ -145,6 +148,6 @@ def open_peer_memory(world: World, group: dist.ProcessGroup, report: Callable[[s
     return PeerMemory(
         dist.get_rank(group),
         dist.get_world_size(group),
-        lambda size: SymmetricBuffer(size, world.device, group),
+        lambda size: SymmetricBuffer(size, world.device, group, timeout_s),
         CudaLane(world.device),
     )

@@ -196,6 +196,7 @@ def share_clips(folder: str) -> None:
     """All checks of one number of ranks; what each found goes to `folder`."""
     import torch.distributed as dist
 
+    from osp_fast.engine.levels import Level
     from osp_fast.parallel.guidance import SamplingMesh
     from osp_fast.parallel.mesh import SequenceGroup
     from osp_fast.parallel.sequence_plan import sequence_plans
@@ -213,6 +214,12 @@ def share_clips(folder: str) -> None:
                 with Counted() as both:
                     results = with_gradients(dit, inputs)
                 assert torch.equal(whole, results["prediction"])
+                if name == "five heads":
+                    dit.recompute_blocks(Level.NOTHING.recompute())
+                    again = with_gradients(dit, inputs)
+                    dit.recompute_blocks(None)
+                    assert all(torch.equal(again[key], value) for key, value in results.items())
+                assert torch._C._distributed_c10d._get_work_registry_size() == 0  # all that was begun was awaited
                 for gradient in list(results.values())[1:]:
                     dist.all_reduce(gradient)
                 if name == "five heads":
