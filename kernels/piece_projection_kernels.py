@@ -63,7 +63,7 @@ def piece_projection_fwd_kernel(
                 place = head
                 low, high = more_low_view, more_high_view
                 begin = 0
-            elif OF_MORE > 0:
+            elif OF_MORE > 0:  # noqa: SIM102  known when it is compiled, unlike the next
                 if head < OF_MORE:
                     heads = FEWER + 1
                     place = head

@@ -152,7 +152,7 @@ def reads_through_descriptors(version: str, buffer: Tensor, weight: Tensor, head
     fits = fits and choose_version(*case, head_dim) == "descriptor"
     if version == "descriptor" and not fits:
         raise ValueError("these tensors cannot be read through descriptors here: use version pointer, or auto")
-    return fits and (version == "descriptor" or version == "auto" and arch > 0)
+    return fits and (version == "descriptor" or (version == "auto" and arch > 0))
 
 
 def candidates(arch: int, dtype: torch.dtype, head_dim: int, descriptors: bool) -> list[ProductConfig]:

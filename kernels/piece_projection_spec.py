@@ -109,7 +109,7 @@ def moved_bytes(direction: str, **sizes: Any) -> float:
 
 def predicted(direction: str, **sizes: Any) -> float:
     """Seconds on one H100 SXM; see the module's docstring."""
-    rows, features, width = _product(**sizes)
+    rows, features, _ = _product(**sizes)
     if direction == "backward":
         moved, kinds = 2 * rows * features, 2 if sizes["heads"] % sizes["ranks"] else 1
         copies = 2 * moved * (sizes["batch"] > 1) + moved * (not sizes["add"])
@@ -155,7 +155,7 @@ def kernel_build(
     if descriptors:
         present += (MORE_VIEWS if heads % ranks else ()) + (VIEWS if heads >= ranks else ()) + WEIGHT_VIEWS
     optional = ("bias", "add", *MORE_VIEWS, *VIEWS, *WEIGHT_VIEWS)
-    absent = [name for name in optional if name not in present or name.endswith("high_view") and not high]
+    absent = [name for name in optional if name not in present or (name.endswith("high_view") and not high)]
     constants |= dict.fromkeys(absent)
     signature = {}
     for name in piece_projection_fwd_kernel.arg_names:

@@ -173,8 +173,8 @@ def sequence_pack_rounds_ref(
 ) -> tuple[Tensor, ...]:
     """The reference of `sequence_pack_rounds`: all heads are rotated, then dealt."""
     whole = _check_rounds(layouts)
-    units = [[layout.units_of(rank) for rank in range(layout.ranks)] for layout in layouts]
-    pieces = _rows_ref(qkv, whole, rope, None, None, EPS).split(sum(units, []), 3)
+    units = [layout.units_of(rank) for layout in layouts for rank in range(layout.ranks)]
+    pieces = _rows_ref(qkv, whole, rope, None, None, EPS).split(units, 3)
     ranks = whole.ranks
     return tuple(
         torch.cat([piece.flatten() for piece in pieces[ranks * i : ranks * (i + 1)]]) for i in range(len(layouts))
