@@ -36,7 +36,7 @@ from osp_fast.engine.cost import (
 )
 from osp_fast.engine.devices import H100, LINK_SHARE, NODE, DeviceModel, find_device
 from osp_fast.models.dit import DiTConfig
-from osp_fast.parallel.exchange_bytes import ClipBytes, ClipExchange, Sent
+from osp_fast.parallel.exchange_bytes import ClipExchange, Sent
 from osp_fast.parallel.sequence_plan import SequencePlan, sequence_plans
 
 LATENCY_S = 20e-6  # assumed: of a collective, beside its bytes
@@ -234,18 +234,6 @@ def collective_seconds(sent: float, group: Sequence[int], device: DeviceModel = 
     nvlink = device.nvlink_bytes / LINK_SHARE * NVLINK_SHARE
     network = device.network_bytes / LINK_SHARE * NETWORK_SHARE
     return LATENCY_S + max(sent * most / others / nvlink, sent * (others - fewest) / others / network)
-
-
-def bytes_sent(
-    config: DiTConfig,
-    plan: SequencePlan,
-    rank: int,
-    latent_size: tuple[int, int, int],
-    batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-) -> ClipBytes:
-    """What a rank sends to others for a micro-batch of `batch` clips, whose numbers travel in `dtype`."""
-    return ClipExchange(config, plan, tokens_of(config, latent_size), batch, dtype.itemsize).total(rank)
 
 
 def predict_step(

@@ -104,11 +104,6 @@ class SequenceGroup:
         """How many groups there are."""
         return self.world.size // self.size
 
-    @property
-    def data_rank(self) -> int:
-        """Which of them this one is."""
-        return self.world.rank // self.size
-
     def exchange(
         self, plan: SequencePlan, sparse_n: int, report: Callable[[str], None] | None = None
     ) -> SequenceExchange | None:

@@ -8,12 +8,11 @@ from osp_fast.kernels.launch import forced_path
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from osp_fast.engine.cost import Sharding, Workload, block_flops, step_flops
+from osp_fast.engine.cost import Sharding, Workload, block_flops, step_flops, tokens_of
 from osp_fast.engine.devices import A100_80, H100
 from osp_fast.engine.exchange_cost import (
     LATENCY_S,
     SharedWork,
-    bytes_sent,
     choose_plan,
     collective_seconds,
     describe_choice,
@@ -75,7 +74,7 @@ def test_bytes_are_those_that_are_sent(ranks, scope, rank):
             with Counted(places) as backward:
                 prediction.sum().backward()
             found += [forward.bytes, backward.bytes]
-    sent = bytes_sent(FIVE_HEADS, plan, rank, size, 2, torch.float32)
+    sent = ClipExchange(FIVE_HEADS, plan, tokens_of(FIVE_HEADS, size), 2, torch.float32.itemsize).total(rank)
     assert found == [sent.forward, sent.backward, sent.forward, sent.backward + sent.recomputed]
     assert sent.forward > 0
 
