@@ -42,6 +42,12 @@ SHAPES = (
     Shape("93x640x640 norm, weights", _sizes(1, 38400, "norm", weighted=True)),
     Shape("93x640x640 norm, RMS", _sizes(1, 38400, "norm", norm="rms")),
 )
+# 35 rows of 100 channels end inside a block, and inside a vector of 128.
+SMALL = (
+    *(Shape(f"2 of 35 x 100 {form}", _sizes(2, 35, form) | {"width": 100}) for form in FORMS),
+    Shape("2 of 35 x 100 norm, weights", _sizes(2, 35, "norm", weighted=True) | {"width": 100}),
+    Shape("2 of 35 x 100 norm, RMS", _sizes(2, 35, "norm", norm="rms") | {"width": 100}),
+)
 
 
 def make_inputs(
@@ -225,6 +231,7 @@ SPEC = OpSpec(
     reference=reference,
     make_inputs=make_inputs,
     shapes=SHAPES,
+    small=SMALL,
     tolerances={torch.float32: (1e-6, 1e-5), torch.bfloat16: (4e-3, 8e-3), torch.float16: (5e-4, 1e-3)},
     flops=flops,
     bytes=functools.partial(moved_bytes, element=2),

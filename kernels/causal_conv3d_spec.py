@@ -90,6 +90,14 @@ SHAPES = (
     Shape("encode 512->16 4x96x96", _sizes(512, 16, 4, 96, 96)),
     Shape("encode 128 16 images 192x192 per frame", _sizes(128, 128, 1, 192, 192, FRAME, residual=True, batch=16)),
 )
+SMALL = (
+    Shape("8->12 2x5x9, residual", _sizes(8, 12, 2, 5, 9, residual=True)),
+    Shape("8->12 2x5x9, first chunk", _sizes(8, 12, 2, 5, 9, cached=False)),
+    Shape("12->8 4x6x9, halved", _sizes(12, 8, 4, 6, 9, stride=TWO)),
+    Shape("2 of 12->8 2x5x9 per frame", _sizes(12, 8, 2, 5, 9, FRAME, batch=2)),
+    Shape("12->8 2x8x10 per frame, halved", _sizes(12, 8, 2, 8, 10, FRAME, TWO_IN_SPACE)),
+    Shape("12->20 2x5x9 point", _sizes(12, 20, 2, 5, 9, POINT)),
+)
 
 
 def make_inputs(
@@ -341,6 +349,7 @@ SPEC = OpSpec(
     reference=reference,
     make_inputs=make_inputs,
     shapes=SHAPES,
+    small=SMALL,
     tolerances={torch.float32: (1e-5, 1e-4), torch.bfloat16: (4e-3, 8e-3), torch.float16: (5e-4, 1e-3)},
     flops=flops,
     bytes=moved_bytes,

@@ -42,6 +42,10 @@ SHAPES = (
     Shape("24x80x80, 512, no SiLU", _sizes(24, 80, 512, silu=False)),
     Shape("16 images of 320x320, 128", _sizes(1, 320, 128, batch=16)),
 )
+SMALL = (
+    Shape("3x5x5, 24", _sizes(3, 5, 24)),
+    Shape("2 of 1x5x5, 24 of 40, no SiLU", _sizes(1, 5, 24, width=40, silu=False, batch=2)),
+)
 
 
 def make_inputs(
@@ -195,6 +199,7 @@ SPEC = OpSpec(
     reference=channel_norm_ref,
     make_inputs=make_inputs,
     shapes=SHAPES,
+    small=SMALL,
     tolerances={torch.float32: (1e-6, 1e-5), torch.bfloat16: (4e-3, 8e-3), torch.float16: (5e-4, 1e-3)},
     flops=flops,
     bytes=moved_bytes,

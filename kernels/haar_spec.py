@@ -64,6 +64,16 @@ SHAPES = (
     *_pyramid(352, 640),
     Shape("16 images 640x640 uint8 to bf16", _sizes("haar3d", 1, 640, 640, "uint8") | {"batch": 16}),
 )
+SMALL = (
+    Shape("5x6x22 uint8 to bands", _sizes("haar3d", 5, 6, 22, "uint8")),
+    Shape("5x6x22 float32 to bands", _sizes("haar3d", 5, 6, 22, "float32")),
+    Shape("5x6x22 to bands, no low", _sizes("haar3d", 5, 6, 22, low=False)),
+    Shape("2 of 3x6x22 by frames", _sizes("haar2d", 3, 6, 22) | {"batch": 2}),
+    Shape("bands to 5x6x22 uint8", _sizes("inverse_haar3d", 5, 6, 22, "uint8")),
+    Shape("bands to 5x6x22 float32", _sizes("inverse_haar3d", 5, 6, 22, "float32")),
+    Shape("bands to 5x6x22, no low", _sizes("inverse_haar3d", 5, 6, 22, low=False)),
+    Shape("2 of bands to 3x6x22 by frames", _sizes("inverse_haar2d", 3, 6, 22) | {"batch": 2}),
+)
 
 
 def make_inputs(
@@ -244,6 +254,7 @@ SPEC = OpSpec(
     reference=call_ref,
     make_inputs=make_inputs,
     shapes=SHAPES,
+    small=SMALL,
     # To uint8 a value within 1e-5 of a tie may be rounded the other way; all else is within 1e-6 in float32.
     tolerances={torch.float32: (5e-5, 1e-6), torch.bfloat16: (4e-3, 4e-3), torch.float16: (5e-4, 5e-4)},
     flops=flops,

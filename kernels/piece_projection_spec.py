@@ -48,6 +48,12 @@ SHAPES = (
     Shape("2 of 93x352x640, 8 ranks", _sizes(CLIPS["93x352x640"], 8, batch=2)),
     Shape("93x720x1280, 8 ranks", _sizes(CLIPS["93x720x1280"], 8)),
 )
+_SMALL = {"all_heads": 3, "head_dim": 24, "features": 40}
+SMALL = (
+    Shape("3x5x5, 2 ranks, uneven", _sizes((3, 5, 5), 2, 3, batch=2) | _SMALL),
+    Shape("3x5x5, 2 ranks, 2 of 3 heads, added", _sizes((3, 5, 5), 2, 2, add=True) | _SMALL),
+    Shape("3x5x5, 3 ranks", _sizes((3, 5, 5), 3, 3) | _SMALL),
+)
 
 
 def make_inputs(
@@ -223,6 +229,7 @@ SPEC = OpSpec(
     reference=project_pieces_ref,
     make_inputs=make_inputs,
     shapes=SHAPES,
+    small=SMALL,
     tolerances={torch.float32: (5e-6, 1e-5), torch.bfloat16: (4e-3, 8e-3), torch.float16: (5e-4, 1e-3)},
     flops=flops,
     bytes=moved_bytes,

@@ -31,6 +31,11 @@ SHAPES = (
     Shape("93x640x640, with norm", _sizes(CLIPS["93x640x640"], norm=True)),
     Shape("93x640x640, in any order", _sizes(CLIPS["93x640x640"], positions=True)),
 )
+SMALL = (
+    Shape("2 of 3x5x7", _sizes((3, 5, 7), batch=2, heads=3, head_dim=24)),
+    Shape("3x5x7, with norm", _sizes((3, 5, 7), heads=3, head_dim=24, norm=True)),
+    Shape("3x5x7, in any order", _sizes((3, 5, 7), heads=3, head_dim=24, positions=True)),
+)
 
 
 def make_inputs(
@@ -196,6 +201,7 @@ SPEC = OpSpec(
     reference=rope3d_ref,
     make_inputs=make_inputs,
     shapes=SHAPES,
+    small=SMALL,
     tolerances={torch.float32: (1e-6, 1e-6), torch.bfloat16: (4e-3, 4e-3), torch.float16: (5e-4, 5e-4)},
     flops=flops,
     bytes=moved_bytes,

@@ -37,6 +37,13 @@ SHAPES = (
     Shape("93x640x640, 16 ranks, 4 sets", _sizes(CLIPS["93x640x640"], 16, 3, sets=4)),
     Shape("16 images 640x640, 8 ranks", _sizes((1, 40, 40), 8, 3, batch=16)),
 )
+_SMALL = {"heads": 3, "head_dim": 24}
+SMALL = (
+    Shape("2 of 3x5x7, 2 ranks, uneven", _sizes((3, 5, 7), 2, 1, batch=2) | _SMALL),
+    Shape("3x5x7, 2 ranks, with norm", _sizes((3, 5, 7), 2, 1, norm=True) | _SMALL),
+    Shape("3x5x7, 3 ranks, copied", _sizes((3, 5, 7), 3, 2, rope=False) | _SMALL),
+    Shape("3x4x8, 3 ranks, 4 sets", _sizes((3, 4, 8), 3, 1, sets=4) | _SMALL),
+)
 
 
 def make_inputs(
@@ -186,6 +193,7 @@ SPEC = OpSpec(
     reference=sequence_pack_ref,
     make_inputs=make_inputs,
     shapes=SHAPES,
+    small=SMALL,
     tolerances={torch.float32: (1e-6, 1e-6), torch.bfloat16: (4e-3, 4e-3), torch.float16: (5e-4, 5e-4)},
     flops=flops,
     bytes=moved_bytes,

@@ -61,6 +61,16 @@ SHAPES = (
     Shape("16 images 480x480 group, uneven", _sizes(900, "group", batch=16)),
     Shape("16k full, 16 heads of 128", _sizes(16384, "full", heads=16, head_dim=128)),
 )
+_SMALL = {"heads": 2, "head_dim": 48}
+SMALL = (
+    Shape("90 full", _sizes(90, "full") | _SMALL),
+    Shape("2 of 142 single", _sizes(142, "single", batch=2) | _SMALL | {"heads": 1}),
+    Shape("142 group, uneven", _sizes(142, "group") | _SMALL),
+    Shape("50 cross, 30 of 77", _sizes(50, "full", keys=77, length=30) | _SMALL),
+    Shape("50 cross, masked", _sizes(50, "full", keys=77, length=30, masked=True) | _SMALL),
+    Shape("142 group, masked", _sizes(142, "group", length=126, masked=True) | _SMALL),
+    Shape("70 full, a head of 96", _sizes(70, "full") | {"heads": 1}),
+)
 
 
 def make_inputs(
@@ -290,6 +300,7 @@ SPEC = OpSpec(
     reference=skiparse_attention_ref,
     make_inputs=make_inputs,
     shapes=SHAPES,
+    small=SMALL,
     tolerances={torch.float32: (1e-5, 1e-4), torch.bfloat16: (5e-3, 1e-2), torch.float16: (1e-3, 2e-3)},
     flops=flops,
     bytes=moved_bytes,

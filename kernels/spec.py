@@ -87,6 +87,8 @@ class OpSpec:
     operation, reference: take what `make_inputs` gives as keyword arguments, return a tensor or a tuple of them
     make_inputs: (device=, dtype=, seed=, **sizes) -> keyword arguments; tensors that need gradients say so
     shapes: the calls that are timed and checked on a GPU
+    small: calls of every kind that Triton's interpreter makes, forward and backward, in a second or two, to be checked
+        without a GPU: each mode, mask and option, and lengths that end inside a block
     tolerances: dtype -> relative error ||out - ref|| / ||ref|| allowed against float64, (forward, gradients)
     flops, bytes: (direction, **sizes) -> operations that the mathematics needs, bytes that must move (bf16)
         (backward: from the gradients of the results to those of the inputs, with what it reads again)
@@ -101,6 +103,7 @@ class OpSpec:
     reference: Callable[..., Result]
     make_inputs: Callable[..., dict[str, Any]]
     shapes: tuple[Shape, ...]
+    small: tuple[Shape, ...]
     tolerances: dict[torch.dtype, tuple[float, float]]
     flops: Callable[..., float]
     bytes: Callable[..., float]

@@ -141,6 +141,7 @@ SPEC = OpSpec(
         Shape("square", {"rows": 96, "columns": 96, "inner": 96}),
         Shape("tall", {"rows": 200, "columns": 16, "inner": 33}),
     ),
+    small=(Shape("tiny", {"rows": 9, "columns": 5, "inner": 7}),),
     tolerances={torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 1e-2)},
     flops=flops,
     bytes=moved,
