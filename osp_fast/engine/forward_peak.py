@@ -24,6 +24,7 @@ from osp_fast.engine.cost import Workload
 from osp_fast.kernels.launch import forced_path
 from osp_fast.models.attention_backends import AttentionBackend
 from osp_fast.models.dit import DiT, DiTConfig
+from osp_fast.models.wfvae_decoder import COLOURS
 from osp_fast.models.wfvae_plan import Task
 from osp_fast.models.wfvae_stream import Plan
 from osp_fast.models.wfvae_trace import LiveBytes
@@ -113,24 +114,31 @@ def refiner_bytes(network: nn.Module, tokens: int, new_tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class DecodingWork:
+class VaeWork:
     """FLOPs of products and convolutions; bytes that all operations read and write, each tensor once in each."""
 
     flops: int
     moved: int
 
 
-def decoding_work(vae: nn.Module, task: Task) -> DecodingWork:
-    """Of decoding a clip in whole frames on the Triton path. vae: without weights, on the meta device."""
-    dtype = float_type(vae)
-    latents = torch.empty(
-        (task.batch, vae.config.latent_dim, task.latent_frames, *task.cells), dtype=dtype, device="meta"
-    )
+def vae_work(vae: nn.Module, task: Task) -> VaeWork:
+    """Of encoding or decoding a clip in whole frames on the Triton path, without the products of attention.
+
+    vae: without weights, on the meta device
+    """
+    encodes = task.direction == "encode"
+    if encodes:
+        shape, dtype = (task.batch, COLOURS, task.frames, task.height, task.width), task.source
+    else:
+        shape = (task.batch, vae.config.latent_dim, task.latent_frames, *task.cells)
+        dtype = float_type(vae)
+    given = torch.empty(shape, dtype=dtype, device="meta")
     traffic, counter = _Traffic(), FlopCounterMode(display=False)
     with forced_path("triton"), torch.no_grad(), counter, traffic:
-        for piece in vae.decode_stream((latents,), Plan(), task.pixels):
+        stream = vae.encode_stream((given,), Plan()) if encodes else vae.decode_stream((given,), Plan(), task.pixels)
+        for piece in stream:
             del piece
-    return DecodingWork(counter.get_total_flops(), traffic.moved)
+    return VaeWork(counter.get_total_flops(), traffic.moved)
 
 
 def float_type(module: nn.Module) -> torch.dtype:

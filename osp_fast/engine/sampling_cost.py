@@ -13,7 +13,7 @@ from torch import nn
 from osp_fast.engine.cost import Workload
 from osp_fast.engine.devices import DeviceModel
 from osp_fast.engine.exchange_cost import SharedWork
-from osp_fast.engine.forward_peak import DecodingWork
+from osp_fast.engine.forward_peak import VaeWork
 from osp_fast.models.dit import DiTConfig
 from osp_fast.models.wfvae_plan import Task
 from osp_fast.models.wfvae_stream import Plan, decoder_windows
@@ -73,7 +73,7 @@ def text_seconds(
     return pass_seconds(whole, streaming, device) + new_tokens * one
 
 
-def decoding_seconds(vae: nn.Module, task: Task, plan: Plan, work: DecodingWork, device: DeviceModel) -> float:
+def decoding_seconds(vae: nn.Module, task: Task, plan: Plan, work: VaeWork, device: DeviceModel) -> float:
     """Of a clip, as `plan` cuts it: what tiles compute twice is added. work: of whole frames."""
     factor = 1.0
     for cells, tile in zip(task.cells, plan.tile or (None, None), strict=True):

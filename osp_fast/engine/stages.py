@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from osp_fast.engine.devices import H100, DeviceModel
-from osp_fast.engine.forward_peak import decoding_work
+from osp_fast.engine.forward_peak import vae_work
 from osp_fast.engine.sampling_cost import decoding_seconds, step_seconds, text_seconds
 from osp_fast.engine.sampling_needs import ENCODER, REFINER, SamplingNeeds, TextStage
 from osp_fast.engine.sampling_plan import SamplingFacts, SamplingPlan, StagePlan, duration
@@ -167,7 +167,7 @@ class _Planner:
         words = needs.dit.words(chosen.streamed, chosen.slots, "blocks") + self._guidance(chosen)
         stages.append(StagePlan(DENOISING, peak, words + self._told(chosen.step, "a step")))
         peak = (0 if needs.leaves else chosen.resident) + chosen.kept + needs.overhead + vae.peak_bytes
-        seconds = decoding_seconds(facts.vae, facts.decode, vae, decoding_work(facts.vae, facts.decode), self._rates)
+        seconds = decoding_seconds(facts.vae, facts.decode, vae, vae_work(facts.vae, facts.decode), self._rates)
         words = _decoding_words(facts.decode, vae, overlap) + self._told(seconds, "a clip")
         stages.append(StagePlan(DECODING, peak, words))
         return SamplingPlan(

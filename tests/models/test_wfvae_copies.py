@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.stock_vae import StockDecoder
+from bench.suites.stock_vae import StockDecoder
 from osp_fast.models.wfvae import WFVAE, WFVAE_CONFIGS
 from osp_fast.models.wfvae_stream import Plan
 

@@ -26,14 +26,17 @@ def filters(level: str) -> Tensor:
 
 
 class StockLayers:
-    """What encoder and decoder share. channels_last: of activations and of weights, of which this has its own."""
+    """What encoder and decoder share.
 
-    def __init__(self, network: nn.Module, channels_last: bool):
-        self.channels_last, self.network = channels_last, copy.deepcopy(network)
+    channels_last: of activations and of weights, of which this has its own; dtype: of both, the network's by default
+    """
+
+    def __init__(self, network: nn.Module, channels_last: bool, dtype: torch.dtype | None = None):
+        self.channels_last, self.network = channels_last, copy.deepcopy(network).to(dtype)
         layouts = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
         for weight in self.network.parameters():
             weight.data = weight.data.contiguous(memory_format=layouts.get(weight.dim(), torch.contiguous_format))
-        like = next(network.parameters())
+        like = next(self.network.parameters())
         self.haar_3d, self.haar_2d = (filters(level).to(like) for level in ("l2", "l1"))
 
     def laid_out(self, x: Tensor) -> Tensor:
@@ -72,8 +75,8 @@ class StockLayers:
 class StockDecoder(StockLayers):
     """Raw latents (B, C, T, h, w) -> video (B, 3, 4T - 3, 8h, 8w)."""
 
-    def __init__(self, vae: nn.Module, channels_last: bool):
-        super().__init__(vae.decoder, channels_last)
+    def __init__(self, vae: nn.Module, channels_last: bool, dtype: torch.dtype | None = None):
+        super().__init__(vae.decoder, channels_last, dtype)
 
     def __call__(self, latents: Tensor) -> Tensor:
         net = self.network
@@ -124,8 +127,8 @@ class StockDecoder(StockLayers):
 class StockEncoder(StockLayers):
     """Video (B, 3, 4m + 1, H, W) in [-1, 1] -> mean and log-variance (B, 2 C, m + 1, H / 8, W / 8)."""
 
-    def __init__(self, vae: nn.Module, channels_last: bool):
-        super().__init__(vae.encoder, channels_last)
+    def __init__(self, vae: nn.Module, channels_last: bool, dtype: torch.dtype | None = None):
+        super().__init__(vae.encoder, channels_last, dtype)
 
     def __call__(self, video: Tensor) -> Tensor:
         net = self.network
