@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 
 from bench.counting import KINDS, MEMORY, Traffic
 from bench.inductor import block_schedules, has_compiler
-from bench.results import H100, write_result
+from bench.results import H100, write_json
 from bench.table import format_table, milliseconds
 from osp_fast.errors import UserError
 
@@ -52,10 +52,7 @@ def run_block(size: str, clip: str, inductor: bool, json_file: Path | None) -> i
     result = {"kind": "block", "size": size, "clip": clip, "tokens": tokens, "width": config.width}
     result |= {"dtype": str(DTYPE).removeprefix("torch."), "torch": torch.__version__, "rows": rows}
     if json_file is not None:
-        try:
-            write_result(json_file, result)
-        except OSError as error:
-            raise UserError(f"--json {json_file}: cannot be written ({error.strerror}): name another file") from None
+        write_json(json_file, result)
     print(f"one block of {size} at {clip}: {tokens} tokens of {config.width} channels, {result['dtype']}")
     print("\n\n".join([ops_table(rows), totals_table(rows), *notes]))
     return 0
@@ -134,7 +131,7 @@ def totals_table(rows: Sequence[dict[str, Any]]) -> str:
                 row for row in rows if (row["implementation"], row["kind"], row["direction"]) == (name, kind, direction)
             ]
             moved = sum(row["bytes"] for row in found)
-            seconds = moved / H100["copy_bytes_per_second"] if kind == MEMORY else None
+            seconds = moved / H100.copy_bytes if kind == MEMORY else None
             line += [sum(row["kernels"] for row in found), _gigabytes(moved), milliseconds(seconds)]
         lines.append(line)
     return format_table(headers, lines)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from osp_fast.kernels.spec import DIRECTIONS, OpSpec, Shape
 
-from bench.results import bound_by, rate
+from bench.results import H100
 from bench.table import format_table, milliseconds
 
 
@@ -18,8 +18,8 @@ def run_list(pairs: Sequence[tuple[OpSpec, Shape]]) -> int:
             flops, moved, seconds = (
                 cost(direction, **shape.sizes) for cost in (spec.flops, spec.bytes, spec.predicted)
             )
-            figures = [f"{flops / 1e12:.3f}", f"{moved / 1e9:.3f}", f"{flops / moved:.0f}", bound_by(flops, moved)]
-            figures += [milliseconds(seconds), rate(flops, moved, seconds)]
+            figures = [f"{flops / 1e12:.3f}", f"{moved / 1e9:.3f}", f"{flops / moved:.0f}", H100.bound_by(flops, moved)]
+            figures += [milliseconds(seconds), H100.rate(flops, moved, seconds)]
             rows.append([spec.name, shape.name, direction, *figures, sizes])
     print(format_table(headers, rows))
     return 0

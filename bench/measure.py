@@ -39,8 +39,8 @@ MOST_INPUT_SETS = 16
 class Effort:
     """How long to measure.
 
-    rounds: turns of each implementation; seconds, fewest: of running, and runs, that each gets at least over all rounds;
-    warm_seconds: of running before
+    rounds: turns of each implementation
+    seconds, fewest: of running, and runs, that each gets at least over all rounds; warm_seconds: of running before
     """
 
     rounds: int = 5

@@ -11,7 +11,7 @@ from torch import Tensor
 from bench import attention_check
 from bench.accuracy import draw_cotangents, exact_float32, in_float64, relative_error, results, with_gradients
 from bench.measure import environment, require_cuda
-from bench.run import reason_of
+from bench.suites import reason_of
 from bench.table import format_table
 from osp_fast.seeding import stable_seed
 

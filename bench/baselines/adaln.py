@@ -1,7 +1,8 @@
-"""The reference, eager and compiled, and Liger-Kernel's LayerNorm where it is the same mathematics.
+"""The reference, eager and compiled, and others' norms where they are the same mathematics.
 
-For one sample LN(x) * (1 + scale) + shift is a LayerNorm with the weight 1 + scale and the bias shift: that is what
-Liger-Kernel is given. Its sums and gradients for the tables are left out, in its favour.
+For one sample norm(x) * (1 + scale) + shift is a norm with the weight 1 + scale and the bias shift: that is what
+Liger-Kernel's LayerNorm and QuACK's norms are given. Liger-Kernel's modulated RMSNorm takes scale and shift. Sums and
+gradients for the tables are left out, in their favour.
 """
 
 from collections.abc import Callable
@@ -10,28 +11,51 @@ from typing import Any
 from osp_fast.kernels.adaln_spec import reference
 from torch import Tensor
 
-from bench.baselines import Baseline, Unavailable, compiled_reference, eager_reference
-from bench.results import AS_WRITTEN
+from bench.baselines import PEER, Baseline, Unavailable, compiled_reference, eager_reference
 
 
 def baselines() -> tuple[Baseline, ...]:
-    """The reference in two ways, and Liger-Kernel."""
+    """The reference in two ways, Liger-Kernel and QuACK."""
     return (
         eager_reference(reference),
         compiled_reference(reference),
-        Baseline("Liger-Kernel LayerNorm", AS_WRITTEN, bind_liger, lambda out, inputs: out),
+        Baseline("Liger-Kernel", PEER, bind_liger),
+        Baseline("QuACK", PEER, bind_quack),
     )
 
 
 def bind_liger(inputs: dict[str, Any]) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A plain norm of one sample, without weights of its own."""
-    plain = "y" not in inputs and "weight" not in inputs and inputs["norm"] == "layer"
-    if not plain or inputs["x"].shape[0] != 1:
-        raise Unavailable("Liger-Kernel has a LayerNorm with a weight and a bias: one sample, no residual")
+    """A plain norm of one sample."""
+    leaves = _one_norm(inputs, "Liger-Kernel")
     try:
-        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+        if inputs["norm"] == "layer":
+            from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+            leaves[1] = (1 + leaves[1].detach()).requires_grad_()
+            return lambda: LigerLayerNormFunction.apply(*leaves, inputs["eps"]), leaves
+        from liger_kernel.ops.modulated_rms_norm import LigerModulatedRMSNormFunction
     except ImportError:
-        raise Unavailable("liger-kernel is not installed") from None
-    scale, shift = (inputs[name].detach()[0] + inputs[f"{name}_table"].detach() for name in ("scale", "shift"))
-    leaves = [inputs["x"], (1 + scale).requires_grad_(), shift.requires_grad_()]
-    return lambda: LigerLayerNormFunction.apply(*leaves, inputs["eps"]), leaves
+        raise Unavailable("liger-kernel with this norm is not installed") from None
+    x, scale, shift = leaves
+    more = dict(offset=0.0, casting_mode="llama", in_place=False).values()
+    return lambda: LigerModulatedRMSNormFunction.apply(x, None, scale, shift, inputs["eps"], *more), leaves
+
+
+def bind_quack(inputs: dict[str, Any]) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """A plain norm of one sample; its LayerNorm has no backward in PyTorch's graph."""
+    x, scale, shift = _one_norm(inputs, "QuACK")
+    try:
+        from quack.rmsnorm import layernorm_fwd, rmsnorm
+    except ImportError:
+        raise Unavailable("quack-kernels is not installed") from None
+    leaves = [x, (1 + scale.detach()).float().requires_grad_(), shift.detach().float().requires_grad_()]
+    norm = rmsnorm if inputs["norm"] == "rms" else layernorm_fwd
+    return lambda: norm(x[0], leaves[1], leaves[2], eps=inputs["eps"])[None], leaves
+
+
+def _one_norm(inputs: dict[str, Any], whose: str) -> list[Tensor]:
+    """x, scale and shift as leaves of their own, the tables in them. Raises Unavailable for anything but one norm."""
+    if "y" in inputs or "weight" in inputs or "shift" not in inputs or inputs["x"].shape[0] != 1:
+        raise Unavailable(f"{whose} has a norm and no more: one sample, no residual, no weights beside the modulation")
+    both = (inputs[name].detach()[0] + inputs[f"{name}_table"].detach() for name in ("scale", "shift"))
+    return [inputs["x"], *(x.requires_grad_() for x in both)]

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from osp_fast.kernels.haar import COEFFICIENT_2D, COEFFICIENT_3D
 from osp_fast.kernels.haar_spec import call_ref
 from torch import Tensor
-from torch._functorch import config as functorch_config
 
 from bench.accuracy import gradient_leaves
-from bench.baselines import Baseline, Unavailable
-from bench.results import AS_WRITTEN
+from bench.baselines import PEER, Baseline, Unavailable, compiled, forget_compiled
+from bench.results import REFERENCE, STRONG
 
 Function = Callable[..., Tensor | tuple[Tensor, Tensor]]
 
@@ -21,9 +20,9 @@ Function = Callable[..., Tensor | tuple[Tensor, Tensor]]
 def baselines() -> tuple[Baseline, ...]:
     """All write what ours writes, analysis channels-last; nothing else that is installed has these wavelets."""
     return (
-        _baseline("reference", lambda: call_ref),
-        _baseline("compiled reference", _compiled),
-        _baseline("convolution", lambda: convolve),
+        _baseline(REFERENCE, REFERENCE, lambda: call_ref),
+        _baseline(STRONG, STRONG, _compiled),
+        _baseline("convolution", PEER, lambda: convolve),
     )
 
 
@@ -63,12 +62,11 @@ def filters(three_d: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _compiled() -> Function:
-    torch._dynamo.reset()  # each shape is compiled for itself, however many came before
-    # Backward runs many times over one graph, which buffers donated to it would not survive.
-    return functorch_config.patch(donated_buffer=False)(torch.compile(call_ref, dynamic=False))
+    forget_compiled()
+    return compiled(call_ref)
 
 
-def _baseline(name: str, make: Callable[[], Function]) -> Baseline:
+def _baseline(name: str, role: str, make: Callable[[], Function]) -> Baseline:
     def bind(inputs: dict[str, Any]) -> tuple[Callable[[], Any], list[Tensor]]:
         function = make()
         options = {} if inputs["transform"].startswith("inverse") else {"channels_last": True}
@@ -76,4 +74,4 @@ def _baseline(name: str, make: Callable[[], Function]) -> Baseline:
             options = {}
         return lambda: function(**inputs, **options), list(gradient_leaves(inputs).values())
 
-    return Baseline(name, AS_WRITTEN, bind, lambda out, inputs: out)
+    return Baseline(name, role, bind)

@@ -5,12 +5,12 @@ import torch.nn.functional as F
 from osp_fast.kernels.sequence_pack import SequenceLayout, output_pieces, unpack_output
 from torch import Tensor
 
-from bench.baselines import Baseline, function_baseline
+from bench.baselines import Baseline, compiled_reference, eager_reference, function_baseline
 
 
 def baselines() -> tuple[Baseline, ...]:
-    """Both, with the operation's own arguments."""
-    return function_baseline("unpack + linear", unpacked), function_baseline("linear of each piece, added", added)
+    """The copy and the product, eager and compiled, and a product for each piece."""
+    return eager_reference(unpacked), compiled_reference(unpacked), function_baseline("linear of each piece", added)
 
 
 def unpacked(

@@ -1,12 +1,18 @@
-"""Dense attention on gathered sets: cuDNN, flash and memory-efficient SDPA, and compiled flex_attention.
+"""Dense attention on gathered sets: as the original code calls it, compiled, and other people's kernels.
 
-Each twice: from (B, N, H, D) with its gather before and its scatter after, and on sets gathered beforehand. A gathered
-tensor is (B k, N / k, H, D), contiguous; kernels get the view (B k, H, N / k, D). Where N does not divide by k (single
-skip) or k^2 (group skip) the clip is padded at its end and the padding masked, which not every kernel can do.
+- `reference`: sets gathered, memory-efficient SDPA with a dense additive mask, outputs scattered.
+- `strong`: torch.compile of gather and scatter around the best SDPA that takes the call: cuDNN, else flash, else
+  memory-efficient; no mask where all keys are visible.
+- peers, each as "gather + X + scatter" and, gathered before the clock starts, as "X, gathered before": the three
+  backends of SDPA, flex_attention, and where they are installed FlashAttention-2, 3 and 4.
+
+A gathered tensor is (B k, N / k, H, D), contiguous; kernels get the view (B k, H, N / k, D). Where N does not divide by
+k (single skip) or k^2 (group skip) the clip is padded at its end and the padding masked, which not every kernel can do.
 """
 
 import contextlib
 import functools
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.attention_check import KNOWN
-from bench.baselines import Baseline, Unavailable
-from bench.results import AS_WRITTEN, GATHERED
+from bench.baselines import PEER, Baseline, Unavailable, compiled, forget_compiled
+from bench.results import REFERENCE, STRONG
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> out, all (S, H, n, D)
 MakeAttend = Callable[[int, Tensor | None], Attend]  # queries per set, visible keys (S, m) or None
@@ -31,14 +37,26 @@ BACKENDS = {
 }
 
 
+# FlashAttention's functions of (B, N, H, D): name -> where it is
+FLASH_ATTENTION = {
+    "FlashAttention-2": ("flash_attn", "flash_attn_func"),
+    "FlashAttention-3": ("flash_attn_interface", "flash_attn_func"),
+    "FlashAttention-4": ("flash_attn.cute", "flash_attn_func"),
+}
+
+
 def baselines() -> tuple[Baseline, ...]:
-    """Four kernels, each as written and gathered."""
+    """The original's way, the compiled one, and every kernel twice."""
     kernels: dict[str, MakeAttend] = {name: functools.partial(sdpa, backend) for name, backend in BACKENDS.items()}
     kernels["flex_attention"] = _compiled_flex
-    return tuple(make(name, make_attend) for name, make_attend in kernels.items() for make in (as_written, gathered))
+    for name in FLASH_ATTENTION:
+        if (function := installed(name)) is not None:
+            kernels[name] = functools.partial(flash_attention, name, function)
+    peers = [make(name, make_attend) for name, make_attend in kernels.items() for make in (as_written, gathered)]
+    return as_written(REFERENCE, with_dense_mask, REFERENCE), compiled_best(), *peers
 
 
-def as_written(name: str, make_attend: MakeAttend) -> Baseline:
+def as_written(name: str, make_attend: MakeAttend, role: str = PEER) -> Baseline:
     """A kernel with its gather and scatter inside the clock. The mask is made once, outside: so do models."""
 
     def bind(inputs: dict[str, Any]) -> tuple[Callable[[], Tensor], list[Tensor]]:
@@ -51,7 +69,30 @@ def as_written(name: str, make_attend: MakeAttend) -> Baseline:
 
         return call, leaves
 
-    return Baseline(f"gather + {name} + scatter", AS_WRITTEN, bind, lambda out, inputs: out)
+    return Baseline(f"gather + {name} + scatter" if role == PEER else name, role, bind)
+
+
+def compiled_best() -> Baseline:
+    """Gather and scatter compiled around the first SDPA of cuDNN, flash and memory-efficient that takes the call."""
+
+    def bind(inputs: dict[str, Any]) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        forget_compiled()
+        skip, attend = skip_of(inputs), _bind_mask(_plain_sdpa, inputs)
+        leaves = [inputs[key] for key in "qkv"]
+
+        def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = attend(*(gather(x, *skip).transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+            return scatter(out, *skip, *q.shape[:2])
+
+        function = compiled(written)
+
+        def call() -> Tensor:
+            with sdpa_kernel(list(BACKENDS.values()), set_priority=True):
+                return function(*leaves)
+
+        return call, leaves
+
+    return Baseline(STRONG, STRONG, bind)
 
 
 def gathered(name: str, make_attend: MakeAttend) -> Baseline:
@@ -67,7 +108,7 @@ def gathered(name: str, make_attend: MakeAttend) -> Baseline:
     def restore(out: Tensor, inputs: dict[str, Any]) -> Tensor:
         return scatter(out, *skip_of(inputs), *inputs["q"].shape[:2])
 
-    return Baseline(name, GATHERED, bind, restore)
+    return Baseline(f"{name}, gathered before", PEER, bind, restore)
 
 
 def skip_of(inputs: dict[str, Any]) -> tuple[str, int]:
@@ -147,6 +188,49 @@ def sdpa(backend: SDPBackend, queries: int, visible: Tensor | None) -> Attend:
     return explain
 
 
+def _plain_sdpa(queries: int, visible: Tensor | None) -> Attend:
+    """scaled_dot_product_attention, whichever backend serves it; inside of a graph there is nothing to explain."""
+    mask = None if visible is None else visible[:, None, None, :].expand(-1, -1, queries, -1)
+    return functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
+
+
+def with_dense_mask(queries: int, visible: Tensor | None) -> Attend:
+    """Memory-efficient SDPA with an additive mask of (S, 1, L, M) in the type of q, which is there even if all is
+    visible; its rows begin at multiples of 8 numbers, as that kernel wants them."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = k.shape[2]
+        if not held:
+            mask = q.new_zeros((len(q), 1, queries, keys + -keys % 8))[..., :keys]
+            held.append(mask if visible is None else mask.masked_fill_(~visible[:, None, None], float("-inf")))
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if q.is_cuda else SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=held[0].expand(-1, q.shape[1], -1, -1))
+
+    held: list[Tensor] = []  # made by the first call, of its type, outside of what is timed
+    return attend
+
+
+def installed(name: str) -> Callable[..., Any] | None:
+    """FlashAttention's function of this name, None if it is not installed."""
+    module, function = FLASH_ATTENTION[name]
+    try:
+        return getattr(importlib.import_module(module), function, None)
+    except ImportError:
+        return None
+
+
+def flash_attention(name: str, function: Callable[..., Any], queries: int, visible: Tensor | None) -> Attend:
+    """FlashAttention of (B, N, H, D). Raises Unavailable where keys are masked."""
+    if visible is not None:
+        raise Unavailable(f"{name} takes no mask of keys")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = function(*(x.transpose(1, 2) for x in (q, k, v)))
+        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
+
+    return attend
+
+
 def flex(function: Callable[..., Tensor], queries: int, visible: Tensor | None) -> Attend:
     """flex_attention, compiled or not, the mask as its block mask."""
     block_mask = None
@@ -166,5 +250,5 @@ def flex(function: Callable[..., Tensor], queries: int, visible: Tensor | None) 
 
 
 def _compiled_flex(queries: int, visible: Tensor | None) -> Attend:
-    torch._dynamo.reset()  # each shape is compiled for itself, however many came before
+    forget_compiled()
     return flex(torch.compile(flex_attention, dynamic=False), queries, visible)

@@ -4,7 +4,7 @@ Making jobs costs nothing and needs no GPU: models are built, and data drawn, wh
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,9 @@ from osp_fast.data.buckets import Bucket
 from osp_fast.errors import UserError
 
 SUITES = ("kernels", "model", "vae", "train", "sample", "parallel", "data")
+ON_CPU = SUITES[1:]  # those with cases for a CPU
+REASON_LENGTH = 200
+ASKED_FOR = ("tune",)  # measured only where it is named
 
 
 @dataclass(frozen=True)
@@ -52,22 +55,35 @@ class Job:
     """One case: its implementations are measured in turns.
 
     case: unique in its suite
+    parts: what its rows' cases have behind `case`, as forward and backward; empty: the case is theirs
     seconds: how long it should take on one H100, or on two cores of a CPU: building, compiling, checking, measuring
-    measure: gives its rows, ours first; `results.complete_case` is left to the caller. Raises `UserError` where the
-        case cannot be measured at all
+    measure: gives its rows, one by one where what comes later could break the device; `results.complete_case` is left
+        to the caller. Raises `UserError` where the case cannot be measured here at all
     """
 
     suite: str
     case: str
     seconds: float
-    measure: Callable[[Setting], list[Row]]
+    measure: Callable[[Setting], Iterable[Row]]
+    parts: tuple[str, ...] = ()
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """The cases of its rows."""
+        return tuple(f"{self.case} {part}" for part in self.parts) or (self.case,)
 
 
 def jobs_of(suites: Sequence[str], options: Options) -> list[Job]:
     """The jobs of these suites, in their order. Raises UserError for an unknown suite."""
     found: list[Job] = []
     for suite in suites:
-        if suite not in SUITES:
-            raise UserError(f"bench run: {suite!r} is not a suite: choose from {', '.join(SUITES)}, or gpu-day")
+        if suite not in (*SUITES, *ASKED_FOR):
+            known = ", ".join((*SUITES, *ASKED_FOR))
+            raise UserError(f"bench run: {suite!r} is not a suite: choose from {known}, or gpu-day alone")
         found += importlib.import_module(f"bench.suites.{suite}").jobs(options)
     return found
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says what an exception says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:REASON_LENGTH]
