@@ -7,7 +7,6 @@ did it is a sentence in the results, and the next one starts afresh.
 import contextlib
 import gc
 import multiprocessing
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from bench.suites import Job, Options, Setting, reason_of
 from osp_fast.errors import UserError
 
 LEAST_SECONDS, TIMES_PREDICTED = 90.0, 5.0  # that a job may take before it is ended
+START_SECONDS = 180.0  # to import everything and measure the ceilings
 END_SECONDS = 10.0
 JobsOf = Callable[[Sequence[str], Options], list[Job]]
 
@@ -44,11 +44,12 @@ class Measurer(Protocol):
 
 
 class InProcess:
-    """Measures here: for CPUs, on which nothing breaks, and for tests."""
+    """Measures here: on a CPU, on which nothing breaks, and in a worker."""
 
     def __init__(self, device: torch.device, limits: Ceilings | None = None, **setting: Any):
         limits = limits or ceilings(device)
         self.env = environment(device, limits) | {"packages": installed_packages()}
+        self.device = device
         self._setting = Setting(device, limits, **setting)
 
     def rows(self, job: Job) -> Iterator[Row]:
@@ -60,7 +61,8 @@ class InProcess:
             traceback.print_exc()
             raise Failed(reason_of(error)) from error
         finally:
-            _let_go(self._setting.device)
+            with contextlib.suppress(RuntimeError):  # of a broken context, which `_works` finds out
+                _let_go(self.device)
 
     def close(self) -> None:
         pass
@@ -69,11 +71,13 @@ class InProcess:
 class Worker:
     """Measures on the GPU in a child, which is started anew when a job has broken it or took far too long.
 
-    jobs_of: a function of a module, which makes the same jobs again in the child
+    jobs_of, make: functions of a module, which make the jobs again, and what measures them, in the child
     """
 
-    def __init__(self, names: Sequence[str], options: Options, jobs_of: JobsOf):
-        self._arguments = (tuple(names), options, jobs_of)
+    def __init__(
+        self, names: Sequence[str], options: Options, jobs_of: JobsOf, make: Callable[[], InProcess] | None = None
+    ):
+        self._arguments = (tuple(names), options, jobs_of, make or on_gpu)
         self._process: Any = None
         self.env = self._start()
 
@@ -83,7 +87,7 @@ class Worker:
         self._process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
         self._process.start()
         theirs.close()
-        return self._receive(time.monotonic() + LEAST_SECONDS, "the GPU's first answer")
+        return self._receive(time.monotonic() + START_SECONDS, "the first answer of its process")
 
     def rows(self, job: Job) -> Iterator[Row]:
         if self._process is None:
@@ -125,48 +129,42 @@ class Worker:
             self._process = None
 
 
-def _serve(connection: Connection, names: Sequence[str], options: Options, jobs_of: JobsOf) -> None:
+def _serve(
+    connection: Connection, names: Sequence[str], options: Options, jobs_of: JobsOf, make: Callable[[], InProcess]
+) -> None:
     """The child: sends its environment, then the rows of each job that it is asked for, None behind the last."""
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         try:
-            device = require_cuda("run")
-            limits = ceilings(device)
-            setting = Setting(device, limits, say=_say)
+            measurer = make()
             jobs = {(job.suite, job.case): job for job in jobs_of(names, options)}
-            connection.send(("env", environment(device, limits) | {"packages": installed_packages()}))
-        except UserError as error:
-            connection.send(("user error", str(error)))
-            return
         except Exception as error:
-            traceback.print_exc()
-            connection.send(("failed", reason_of(error)))
+            connection.send(_said(error))
             return
+        connection.send(("env", measurer.env))
         while True:
-            answer = _answer(connection, jobs[connection.recv()], setting)
-            if not _works(device):  # after this nothing runs in this process
+            answer: tuple[str, Any] = ("row", None)
+            try:
+                for row in measurer.rows(jobs[connection.recv()]):
+                    connection.send(("row", row))
+            except (Failed, UserError) as error:
+                answer = _said(error)
+            if not _works(measurer.device):  # after this nothing runs in this process
                 connection.send(("broken", answer[1] or "it broke the GPU's context"))
-                sys.exit(1)
+                return
             connection.send(answer)
 
 
-def _answer(connection: Connection, job: Job, setting: Setting) -> tuple[str, Any]:
-    try:
-        for row in job.measure(setting):
-            connection.send(("row", row))
-        return "row", None
-    except UserError as error:
-        return "user error", str(error)
-    except Exception as error:
-        traceback.print_exc()
-        return "failed", reason_of(error)
-    finally:
-        with contextlib.suppress(RuntimeError):  # of a broken context, which is found out next
-            _let_go(setting.device)
+def _said(error: Exception) -> tuple[str, str]:
+    return ("user error", str(error)) if isinstance(error, UserError) else ("failed", reason_of(error))
+
+
+def on_gpu() -> InProcess:
+    """What a worker has on a GPU."""
+    return InProcess(require_cuda("run"), say=_say)
 
 
 def _works(device: torch.device) -> bool:
     try:
-        torch.cuda.synchronize(device)
         return bool((torch.ones(8, device=device) + 1).sum() == 16)
     except RuntimeError:
         return False

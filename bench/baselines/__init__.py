@@ -37,12 +37,14 @@ class Baseline:
         Raises `Unavailable` if it cannot serve them. What it brings into a layout of its own before the call is outside
         of the clock: its name says so.
     restore: (what call returned, the operation's inputs) -> the result as the operation returns it
+    compiled: whether torch.compile makes it, which takes a while for each direction
     """
 
     name: str
     role: str
     bind: Callable[[dict[str, Any]], tuple[Callable[[], Result], Sequence[Tensor]]]
     restore: Callable[[Result, dict[str, Any]], Result] = lambda result, inputs: result
+    compiled: bool = False
 
 
 def function_baseline(name: str, function: Callable[..., Result], role: str = PEER) -> Baseline:
@@ -68,7 +70,7 @@ def compiled_reference(reference: Callable[..., Result]) -> Baseline:
         forget_compiled()
         return plain.bind(inputs)
 
-    return Baseline(plain.name, plain.role, bind)
+    return Baseline(plain.name, plain.role, bind, compiled=True)
 
 
 def compiled(function: Callable[..., Result]) -> Callable[..., Result]:

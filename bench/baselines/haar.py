@@ -74,4 +74,4 @@ def _baseline(name: str, role: str, make: Callable[[], Function]) -> Baseline:
             options = {}
         return lambda: function(**inputs, **options), list(gradient_leaves(inputs).values())
 
-    return Baseline(name, role, bind)
+    return Baseline(name, role, bind, compiled=role == STRONG)

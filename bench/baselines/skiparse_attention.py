@@ -37,6 +37,7 @@ BACKENDS = {
 }
 
 
+FLEX = "flex_attention"
 # FlashAttention's functions of (B, N, H, D): name -> where it is
 FLASH_ATTENTION = {
     "FlashAttention-2": ("flash_attn", "flash_attn_func"),
@@ -48,7 +49,7 @@ FLASH_ATTENTION = {
 def baselines() -> tuple[Baseline, ...]:
     """The original's way, the compiled one, and every kernel twice."""
     kernels: dict[str, MakeAttend] = {name: functools.partial(sdpa, backend) for name, backend in BACKENDS.items()}
-    kernels["flex_attention"] = _compiled_flex
+    kernels[FLEX] = _compiled_flex
     for name in FLASH_ATTENTION:
         if (function := installed(name)) is not None:
             kernels[name] = functools.partial(flash_attention, name, function)
@@ -69,7 +70,8 @@ def as_written(name: str, make_attend: MakeAttend, role: str = PEER) -> Baseline
 
         return call, leaves
 
-    return Baseline(f"gather + {name} + scatter" if role == PEER else name, role, bind)
+    title = f"gather + {name} + scatter" if role == PEER else name
+    return Baseline(title, role, bind, compiled=name == FLEX)
 
 
 def compiled_best() -> Baseline:
@@ -92,7 +94,7 @@ def compiled_best() -> Baseline:
 
         return call, leaves
 
-    return Baseline(STRONG, STRONG, bind)
+    return Baseline(STRONG, STRONG, bind, compiled=True)
 
 
 def gathered(name: str, make_attend: MakeAttend) -> Baseline:
@@ -108,7 +110,7 @@ def gathered(name: str, make_attend: MakeAttend) -> Baseline:
     def restore(out: Tensor, inputs: dict[str, Any]) -> Tensor:
         return scatter(out, *skip_of(inputs), *inputs["q"].shape[:2])
 
-    return Baseline(f"{name}, gathered before", PEER, bind, restore)
+    return Baseline(f"{name}, gathered before", PEER, bind, restore, compiled=name == FLEX)
 
 
 def skip_of(inputs: dict[str, Any]) -> tuple[str, int]:

@@ -53,8 +53,9 @@ def tune_shape(spec: OpSpec, shape: Shape, setting: Setting) -> Iterator[Row]:
     for kernel, group in itertools.groupby(every, key=lambda pair: pair[0]):
         configs = [config for _, config in group]
         calls = [spec.tunable.bind(inputs, kernel) for inputs in sets]
-        case = f"{spec.name} {shape.name} {kernel}"
-        yield from _tune_kernel(case, dict(shape.sizes), kernel, configs, calls, setting)
+        case = f"{spec.name} {shape.name}: {kernel}"
+        compared = {x.shape for x in sets[0].values() if isinstance(x, Tensor)}
+        yield from _tune_kernel(case, dict(shape.sizes), kernel, configs, calls, compared, setting)
 
 
 def _tune_kernel(
@@ -63,8 +64,11 @@ def _tune_kernel(
     kernel: str,
     configs: Sequence[Any],
     calls: Sequence[Callable[[], Any]],
+    compared: set[torch.Size],
     setting: Setting,
 ) -> Iterator[Row]:
+    """compared: shapes of results that are held against the chosen one's; others, as attention's log-sum-exp, have
+    places that nothing reads."""
     rows = {
         str(config): Row(SUITE, case, str(config), "variant" if place else "ours", "bfloat16", sizes)
         for place, config in enumerate(configs)
@@ -75,7 +79,7 @@ def _tune_kernel(
         row = rows[str(config)]
         try:  # that a candidate does not fit this device is a result
             with tuning.forced(kernel, config) as override:
-                found = [x for x in tree_leaves(calls[0]()) if isinstance(x, Tensor)]
+                found = [x for x in tree_leaves(calls[0]()) if isinstance(x, Tensor) and x.shape in compared]
         except Exception as error:
             row.note = reason_of(error)
             continue

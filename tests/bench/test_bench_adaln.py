@@ -18,35 +18,63 @@ def inputs_of(form, batch=1, **other):
     )  # fmt: skip
 
 
+class LayerNorm:
+    @staticmethod
+    def apply(x, weight, bias, eps):
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+class ModulatedRMSNorm:
+    @staticmethod
+    def apply(x, weight, scale, shift, eps, offset, casting_mode, in_place):
+        assert weight is None and offset == 0 and not in_place  # inputs rotate: they must survive
+        return F.rms_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def rms_norm(x, weight, bias, eps):
+    assert x.dim() == 2 and weight.dtype == bias.dtype == torch.float32
+    return F.rms_norm(x, x.shape[-1:], weight, eps) + bias
+
+
+def layer_norm(x, weight, bias, eps):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
 @pytest.fixture
-def liger(monkeypatch):
-    """A module in the place of liger-kernel's that computes the same."""
-
-    class LayerNorm:
-        @staticmethod
-        def apply(x, weight, bias, eps):
-            return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-    module = types.SimpleNamespace(LigerLayerNormFunction=LayerNorm)
-    monkeypatch.setitem(sys.modules, "liger_kernel", types.SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops", types.SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops.layer_norm", module)
-
-
-def test_liger_computes_the_norm_of_one_sample(liger):
-    baseline = baselines()[-1]
-    inputs = inputs_of("norm")
-    call, leaves = baseline.bind(inputs)
-    assert torch.allclose(call(), SPEC.reference(**inputs), atol=1e-5)
-    assert all(x.requires_grad for x in leaves)
-    for other in (inputs_of("norm", batch=2), inputs_of("norm", norm="rms"), inputs_of("gate"), inputs_of("add norm")):
-        with pytest.raises(Unavailable, match="one sample"):
-            baseline.bind(other)
+def packages(monkeypatch):
+    """Modules in the places of liger-kernel's and quack-kernels' that compute the same."""
+    for name, contents in {
+        "liger_kernel": {},
+        "liger_kernel.ops": {},
+        "liger_kernel.ops.layer_norm": {"LigerLayerNormFunction": LayerNorm},
+        "liger_kernel.ops.modulated_rms_norm": {"LigerModulatedRMSNormFunction": ModulatedRMSNorm},
+        "quack": {},
+        "quack.rmsnorm": {"rmsnorm": rms_norm, "layernorm_fwd": layer_norm},
+    }.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**contents))
 
 
-def test_liger_that_is_not_installed_is_unavailable():
-    with pytest.raises(Unavailable, match="not installed"):
-        baselines()[-1].bind(inputs_of("norm"))
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_peers_compute_the_norm_of_one_sample(packages, norm):
+    peers = baselines()[2:]
+    assert [one.name for one in peers] == ["Liger-Kernel", "QuACK"]
+    for peer in peers:
+        inputs = inputs_of("norm", norm=norm)
+        call, leaves = peer.bind(inputs)
+        assert torch.allclose(call(), SPEC.reference(**inputs), atol=1e-5)
+        assert leaves[0] is inputs["x"] and all(x.requires_grad and x.is_leaf for x in leaves)
+        for other in (inputs_of("norm", batch=2), inputs_of("gate"), inputs_of("add norm")):
+            with pytest.raises(Unavailable, match="one sample"):
+                peer.bind(other)
+
+
+def test_peers_that_are_not_installed_are_unavailable(monkeypatch):
+    for module in ("liger_kernel.ops.layer_norm", "liger_kernel.ops.modulated_rms_norm", "quack.rmsnorm"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for norm in ("layer", "rms"):
+        for peer in baselines()[2:]:
+            with pytest.raises(Unavailable, match="not installed"):
+                peer.bind(inputs_of("norm", norm=norm))
 
 
 def test_every_shape_moves_what_its_passes_say():

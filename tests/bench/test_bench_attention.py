@@ -11,7 +11,17 @@ from torch.nn.attention.flex_attention import flex_attention
 from bench import attention_check
 from bench.accuracy import in_float64, relative_error, results
 from bench.baselines import Unavailable, baselines_of
-from bench.baselines.skiparse_attention import as_written, flex, gather, gathered, scatter, sdpa, visible_keys
+from bench.baselines import skiparse_attention as others
+from bench.baselines.skiparse_attention import (
+    as_written,
+    flex,
+    gather,
+    gathered,
+    scatter,
+    sdpa,
+    visible_keys,
+    with_dense_mask,
+)
 
 MATH = functools.partial(sdpa, SDPBackend.MATH)
 CALLS = {
@@ -50,7 +60,7 @@ def test_baselines_and_their_gradients(name, make_baseline):
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = results(skiparse_attention_ref, inputs, {"out": cotangent})
     assert relative_error(out, expected["out"]) < 1e-12
-    skip = () if baseline.layout == "as written" else (inputs["mode"] if inputs["sparse_n"] > 1 else "full",)
+    skip = () if make_baseline is as_written else (inputs["mode"] if inputs["sparse_n"] > 1 else "full",)
     for x, gradient in zip("qkv", torch.autograd.grad(out, leaves, cotangent), strict=True):
         if skip:
             gradient = scatter(gradient, *skip, inputs["sparse_n"], 2, inputs[x].shape[1])
@@ -83,15 +93,56 @@ def test_lengths_are_a_mask():
     assert visible_keys(make_inputs(tokens=5, keys=6)) is None
 
 
-def test_all_four_kernels_are_there_in_both_layouts():
-    names = [baseline.name for baseline in baselines_of("skiparse_attention")]
+def test_the_original_the_compiled_and_every_kernel_twice(monkeypatch):
+    def names():
+        return [(baseline.name, baseline.role) for baseline in baselines_of("skiparse_attention")]
+
     kernels = ["cuDNN SDPA", "flash SDPA", "efficient SDPA", "flex_attention"]
-    assert sorted(names) == sorted([*kernels, *(f"gather + {name} + scatter" for name in kernels)])
+    twice = [
+        (title, "peer") for name in kernels for title in (f"gather + {name} + scatter", f"{name}, gathered before")
+    ]
+    assert names() == [("reference", "reference"), ("strong", "strong"), *twice]
+    monkeypatch.setattr(others, "installed", lambda name: print if name == "FlashAttention-3" else None)
+    assert ("FlashAttention-3, gathered before", "peer") in names() and len(names()) == 12
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_dense_mask_of_the_original_hides_what_it_should(name):
+    inputs = make_inputs(**CALLS[name])
+    baseline = as_written("reference", with_dense_mask, "reference")
+    call, _ = baseline.bind(inputs)
+    assert relative_error(call(), skiparse_attention_ref(**inputs)) < 1e-12
+    assert torch.equal(call(), call())
+
+
+def test_compiled_around_the_best_backend(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setitem(others.BACKENDS, "math", SDPBackend.MATH)
+    for name in ("full", "group masked"):
+        inputs = make_inputs(**CALLS[name], dtype=torch.float32)
+        call, leaves = others.compiled_best().bind(inputs)
+        out = call()
+        assert relative_error(out, skiparse_attention_ref(**inputs)) < 1e-5
+        assert all(x is not None for x in torch.autograd.grad(out.sum(), leaves))
+
+
+def test_flash_attention_gets_tokens_before_heads_and_no_masks():
+    def function(q, k, v):
+        assert q.shape == (2 * 3, 13, 3, 6)  # sets, tokens, heads, channels
+        found = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+        return found.transpose(1, 2), "log-sum-exp"
+
+    make_attend = functools.partial(others.flash_attention, "FlashAttention-3", function)
+    inputs = make_inputs(tokens=39, mode="single", sparse_n=3)
+    call, _ = as_written("x", make_attend).bind(inputs)
+    assert relative_error(call(), skiparse_attention_ref(**inputs)) < 1e-12
+    with pytest.raises(Unavailable, match="FlashAttention-3 takes no mask"):
+        as_written("x", make_attend).bind(make_inputs(tokens=39, mode="group", sparse_n=3))
 
 
 def test_a_kernel_that_the_device_lacks_says_why():
     inputs = make_inputs(tokens=8)
-    (cudnn,) = [baseline for baseline in baselines_of("skiparse_attention") if baseline.name == "cuDNN SDPA"]
+    (cudnn,) = [one for one in baselines_of("skiparse_attention") if one.name == "cuDNN SDPA, gathered before"]
     call, _ = cudnn.bind(inputs)
     with pytest.raises(Unavailable, match="."):
         call()
