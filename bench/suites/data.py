@@ -24,7 +24,7 @@ from torch import Tensor
 from bench.accuracy import exact_float32, relative_error
 from bench.measure import Contestant, Effort, Timing
 from bench.results import OURS, REFERENCE, Row
-from bench.suites import Job, Options, Setting
+from bench.suites import Job, Options, Setting, reason_of
 from bench.suites.data_readers import (
     Source,
     Task,
@@ -167,13 +167,13 @@ def _rows(
             call = make()
             row.rel_err = error(call())
         except Exception as raised:  # whatever a library raises is the reason why it is not measured
-            row.note = (str(raised).strip() or type(raised).__name__).splitlines()[0][:200]
+            row.note = reason_of(raised) if role != "ours" else f"FAILED: {reason_of(raised)}"
             continue
         row.ok = row.rel_err <= tolerance
         if row.ok:
             calls.append(Contestant(name, [call]))
         else:
-            row.note = f"off by {row.rel_err:.1e}, not timed"
+            row.note = f"WRONG, not timed: off by {row.rel_err:.1e}"
     timings = setting.timer(calls, CPU, EFFORT)
     for row in rows:
         timing = timings.get(row.impl)
@@ -181,7 +181,7 @@ def _rows(
             for name, value in timing.fields().items():
                 setattr(row, name, value)
         elif timing is not None:
-            row.note = str(timing).splitlines()[0][:200]
+            row.note = reason_of(timing)
     return rows
 
 

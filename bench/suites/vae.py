@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.accuracy import exact_float32, relative_error
 from bench.measure import Contestant, Effort, Timing
 from bench.results import OURS, REFERENCE, STRONG, Row
-from bench.suites import Job, Options, Setting
+from bench.suites import Job, Options, Setting, reason_of
 from bench.suites.stock_vae import StockDecoder, StockEncoder
 from osp_fast.data.buckets import Bucket
 from osp_fast.engine.devices import H100
@@ -226,16 +226,16 @@ def _checked(
                     row.rel_err = max(row.rel_err, relative_error(found, expected), key=lambda e: (e != e, e))
                 del found
         except Exception as error:  # whatever a library raises is the reason why it is not measured
-            row.note = _reason(error)
+            row.note = _reason(error, row)
             let_go(setting.device)
             continue
         row.ok = row.rel_err <= TOLERANCE[dtype]
         if row.ok:
             calls[name] = call
         else:
-            row.note = f"off by {row.rel_err:.1e}, not timed"
+            row.note = f"WRONG, not timed: off by {row.rel_err:.1e}"
     ours = rows[OURS]
-    ours.note = "; ".join([*notes, *filter(None, [ours.note])])
+    ours.note = "; ".join([*filter(None, [ours.note]), *notes])
     if rule in (None, OURS) and ours.ok:
         ours.note += "; checked on a small clip only, as no stock network takes this one"
     del expected
@@ -253,7 +253,7 @@ def _complete(row: Row, timing: Timing | Exception | None, size: str, case: Case
         for name, value in timing.fields().items():
             setattr(row, name, value)
     elif timing is not None:
-        row.note = "; ".join(filter(None, [row.note, _reason(timing)]))
+        row.note = "; ".join(filter(None, [row.note, _reason(timing, row)]))
 
 
 @functools.lru_cache(maxsize=64)
@@ -262,11 +262,17 @@ def _work(size: str, case: Case, dtype: torch.dtype) -> VaeWork:
     stock = StockEncoder if case.direction == "encode" else StockDecoder
     counter = FlopCounterMode(display=False)
     with torch.device("meta"), torch.no_grad():
-        vae = WFVAE(WFVAE_CONFIGS[size]).to(dtype)
+        vae = _without_weights(size, dtype)
         network, x = stock(vae, channels_last=True), torch.empty(case.input_shape, dtype=dtype)
         with counter:
             network(x)
     return replace(vae_work(vae, case.task(dtype)), flops=counter.get_total_flops())
+
+
+@functools.lru_cache(maxsize=2)
+def _without_weights(size: str, dtype: torch.dtype) -> nn.Module:
+    with torch.device("meta"):
+        return WFVAE(WFVAE_CONFIGS[size]).to(dtype)
 
 
 def _predicted_seconds(case: Case) -> float:
@@ -329,7 +335,9 @@ def _or_raise(found: float | Exception) -> float:
     return found
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, row: Row) -> str:
+    """What does not fit is a result; anything else that ours raises is a failure."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    expected = row.role != "ours" or isinstance(error, UserError)
+    return reason_of(error) if expected else f"FAILED: {reason_of(error)}"

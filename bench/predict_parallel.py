@@ -1,4 +1,4 @@
-"""`bench parallel`: what sharing a clip among 1 to 64 GPUs costs, predicted; docs/parallel.md says what it means.
+"""`bench predict parallel`: what sharing a clip among 1 to 64 GPUs costs; docs/parallel.md says what it means.
 
 The released model in bf16 at an H100's rates. A training step is forward, backward and update on one clip that all GPUs
 share, its weights spread over them, nothing recomputed. A sampling step predicts with and without the prompt: an even
@@ -11,13 +11,15 @@ from pathlib import Path
 
 import torch
 
-from bench.results import write_result
+from bench.results import write_json
+from bench.suites.parallel_ranks import latent_size
 from bench.table import MISSING, format_table, markdown_table, percent
-from bench.train import MODEL, parse_case
 from osp_fast.config import OptimizerConfig
-from osp_fast.engine.cost import Sharding, Workload
+from osp_fast.data.buckets import Bucket
+from osp_fast.engine.cost import Sharding, Workload, tokens_of
 from osp_fast.engine.devices import H100
 from osp_fast.engine.exchange_cost import (
+    TEXT_TOKENS,
     Seconds,
     SharedWork,
     choose_plan,
@@ -25,12 +27,12 @@ from osp_fast.engine.exchange_cost import (
     predict_step,
 )
 from osp_fast.engine.forward_peak import dit_on_meta, weight_bytes
-from osp_fast.errors import UserError
 from osp_fast.models.dit import DIT_CONFIGS, DiTConfig
 from osp_fast.parallel.exchange_bytes import ClipExchange
 from osp_fast.parallel.sequence_plan import SequencePlan
 from osp_fast.training.footprint import optimizer_bytes
 
+MODEL = "OpenSoraT2V_v1_3-2B/122"
 CLIPS = ("93x352x640", "93x480x640", "93x640x640", "93x720x1280")
 GPUS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
 TARGET, TARGET_GPUS = 0.03, 8  # of a step, exposed
@@ -65,14 +67,11 @@ class Row:
     sampling_exposed: float
 
 
-def run_parallel(json_file: Path | None, as_markdown: bool = False) -> int:
+def run_predict_parallel(json_file: Path | None, as_markdown: bool = False) -> int:
     """Print the tables, optionally write the rows as JSON. Raises `UserError` for a file that cannot be written."""
     rows = predict()
     if json_file is not None:
-        try:
-            write_result(json_file, {"kind": "parallel", "device": H100.name, "rows": [asdict(row) for row in rows]})
-        except OSError as error:
-            raise UserError(f"--json {json_file}: cannot be written ({error.strerror}): name another file") from None
+        write_json(json_file, {"kind": "parallel", "device": H100.name, "rows": [asdict(row) for row in rows]})
     if as_markdown:
         print(markdown(rows))
         return 0
@@ -128,8 +127,8 @@ def predict() -> list[Row]:
 
 def predict_row(config: DiTConfig, weights: int, clip: str, gpus: int) -> Row:
     """weights: how many numbers the model has."""
-    case = parse_case(clip)
-    size, tokens = case.latent_size, case.video_tokens(config)
+    size = latent_size(Bucket.parse(clip))
+    tokens = tokens_of(config, size)
     plan = choose_plan(config, gpus, tokens, training=True, device=H100)
     exchange = ClipExchange(config, plan, tokens)
     skips = [config.attention_mode(index) != "full" for index in range(config.num_layers)]
@@ -138,7 +137,7 @@ def predict_row(config: DiTConfig, weights: int, clip: str, gpus: int) -> Row:
     upstream = exchange.upstream()
     # FSDP gathers weights in the products' type; one GPU has them in float32 and casts them.
     dtype = torch.float32 if gpus == 1 else torch.bfloat16
-    workload = Workload(1, size, case.text_tokens, weight_dtype=dtype, sequence=plan)
+    workload = Workload(1, size, TEXT_TOKENS, weight_dtype=dtype, sequence=plan)
     _, moved, over_host = optimizer_bytes(OptimizerConfig())
     sharding = Sharding(gpus, gpus, weights, weights, -(-weights // gpus), moved, over_host)
     work = SharedWork(config, workload, H100)
@@ -146,7 +145,7 @@ def predict_row(config: DiTConfig, weights: int, clip: str, gpus: int) -> Row:
     again = recomputed.computing - usual.computing
     step = predict_step(config, workload, sharding, 0.0, H100)
     slower = predict_step(config, workload, sharding, again, H100, range(config.num_layers)).total
-    sampling_plan, sampling = predict_sampling(config, case.latent_size, tokens, case.text_tokens, gpus)
+    sampling_plan, sampling = predict_sampling(config, size, tokens, TEXT_TOKENS, gpus)
     return Row(
         clip,
         gpus,
