@@ -212,10 +212,12 @@ def _checked(
     dtype, shape = x.dtype, dict(zip(("frames", "height", "width"), case.size, strict=True))
     rows, calls, expected, rule, notes = {}, {}, None, None, []
     makers = dict(implementations(vae, case, budget, notes.append))
-    for name in sorted(makers, key=lambda name: (name == STRONG, name == OURS)):
+    for name in sorted(makers, key=lambda name: (name == OURS, name == STRONG)):
         row = Row("vae", str(case), name, ROLES.get(name, "peer"), str(dtype).removeprefix("torch."), shape)
         rows[name] = row
         try:
+            if expected is None and name not in small:
+                raise UserError("not measured: no stock network that was checked takes this clip")
             row.rel_err = _or_raise(small.get(name, 0.0))
             if row.rel_err <= TOLERANCE[dtype]:
                 call = makers[name]()

@@ -129,6 +129,15 @@ def test_no_memory_is_a_result_and_a_breakage_a_failure(monkeypatch):
     assert not ours.ok and ours.note.startswith("FAILED: illegal access") and [row.ms for row in stock] == [1, 2]
 
 
+def test_what_nothing_checks_is_not_timed(monkeypatch):
+    """The compiled network is held against an eager one at the size that is timed; ours has the small clip, too."""
+    monkeypatch.setattr(suite, "errors", lambda *given: {"osp_fast": 1e-6, "reference": RuntimeError("no kernel")})
+    ours, reference, strong = measured("encode")
+    assert ours.ok and ours.ms == 1 and ours.note.endswith("as no stock network takes this one")
+    assert reference.note == "no kernel" and strong.note.startswith("not measured: no stock network")
+    assert not strong.ok and strong.rel_err is None and strong.ms is None
+
+
 def test_the_compiled_implementation_is_one_graph():
     """What Dynamo makes of a stock network, without Inductor, whose minutes a test has not."""
     vae = make_vae("tiny", CPU, torch.float32)
