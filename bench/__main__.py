@@ -122,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = add("verify", _verify, "check operations, gradients and whole models against higher precision")
     add_choice(verify)
     _add_device(verify, "cpu: Triton's interpreter, small shapes, float32")
-    verify.add_argument("--seeds", type=_at_least_one, default=2, metavar="N", help="fresh inputs per shape (2)")
+    words = "draws of inputs (2 on a GPU, 1 on a CPU)"
+    verify.add_argument("--seeds", type=_at_least_one, metavar="N", help=words)
     verify.add_argument("--dtype", nargs="+", choices=DTYPES, help="only these types (all that the spec has)")
     verify.add_argument("--models", action=argparse.BooleanOptionalAction, help="whole models (unless --op is given)")
     verify.add_argument("--json", type=Path, metavar="DIR", help="write a result file into this folder")
