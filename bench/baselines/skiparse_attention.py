@@ -1,6 +1,6 @@
 """Dense attention on gathered sets: as the original code calls it, compiled, and other people's kernels.
 
-- `reference`: sets gathered, memory-efficient SDPA with a dense additive mask, outputs scattered.
+- `reference`: sets gathered, memory-efficient SDPA with an additive mask of all keys, outputs scattered.
 - `strong`: torch.compile of gather and scatter around the best SDPA that takes the call: cuDNN, else flash, else
   memory-efficient; no mask where all keys are visible.
 - peers, each as "gather + X + scatter" and, gathered before the clock starts, as "X, gathered before": the three
@@ -54,7 +54,7 @@ def baselines() -> tuple[Baseline, ...]:
         if (function := installed(name)) is not None:
             kernels[name] = functools.partial(flash_attention, name, function)
     peers = [make(name, make_attend) for name, make_attend in kernels.items() for make in (as_written, gathered)]
-    return as_written(REFERENCE, with_dense_mask, REFERENCE), compiled_best(), *peers
+    return as_written(REFERENCE, with_additive_mask, REFERENCE), compiled_best(), *peers
 
 
 def as_written(name: str, make_attend: MakeAttend, role: str = PEER) -> Baseline:
@@ -196,17 +196,18 @@ def _plain_sdpa(queries: int, visible: Tensor | None) -> Attend:
     return functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
 
 
-def with_dense_mask(queries: int, visible: Tensor | None) -> Attend:
-    """Memory-efficient SDPA with an additive mask of (S, 1, L, M) in the type of q, which is there even if all is
-    visible; its rows begin at multiples of 8 numbers, as that kernel wants them."""
+def with_additive_mask(queries: int, visible: Tensor | None) -> Attend:
+    """Memory-efficient SDPA with an additive mask in the type of q, (S, 1, 1, M) broadcast over heads and queries, which
+    is there even if all is visible; it begins at multiples of 8 numbers, as that kernel wants it."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys = k.shape[2]
         if not held:
-            mask = q.new_zeros((len(q), 1, queries, keys + -keys % 8))[..., :keys]
+            mask = q.new_zeros((len(q), 1, 1, keys + -keys % 8))[..., :keys]
             held.append(mask if visible is None else mask.masked_fill_(~visible[:, None, None], float("-inf")))
         with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if q.is_cuda else SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=held[0].expand(-1, q.shape[1], -1, -1))
+            mask = held[0].expand(-1, q.shape[1], queries, -1)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     held: list[Tensor] = []  # made by the first call, of its type, outside of what is timed
     return attend

@@ -20,7 +20,7 @@ from bench.baselines.skiparse_attention import (
     scatter,
     sdpa,
     visible_keys,
-    with_dense_mask,
+    with_additive_mask,
 )
 
 MATH = functools.partial(sdpa, SDPBackend.MATH)
@@ -107,9 +107,9 @@ def test_the_original_the_compiled_and_every_kernel_twice(monkeypatch):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_dense_mask_of_the_original_hides_what_it_should(name):
+def test_the_mask_of_the_original_hides_what_it_should(name):
     inputs = make_inputs(**CALLS[name])
-    baseline = as_written("reference", with_dense_mask, "reference")
+    baseline = as_written("reference", with_additive_mask, "reference")
     call, _ = baseline.bind(inputs)
     assert relative_error(call(), skiparse_attention_ref(**inputs)) < 1e-12
     assert torch.equal(call(), call())
