@@ -197,8 +197,10 @@ def _plain_sdpa(queries: int, visible: Tensor | None) -> Attend:
 
 
 def with_additive_mask(queries: int, visible: Tensor | None) -> Attend:
-    """Memory-efficient SDPA with an additive mask in the type of q, (S, 1, 1, M) broadcast over heads and queries, which
-    is there even if all is visible; it begins at multiples of 8 numbers, as that kernel wants it."""
+    """Memory-efficient SDPA with an additive mask in the type of q, (S, 1, 1, M), broadcast over heads and queries.
+
+    It is there even if all is visible. Its rows begin at multiples of 8 numbers, as that kernel wants them.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys = k.shape[2]
