@@ -1,11 +1,9 @@
-"""What `bench sample` compares: one denoising step with guidance, as the engine takes it and as it is usually written.
+"""What the suite `sample` compares: a denoising step with guidance, as the engine takes it and as it is usual.
 
 A step predicts for the negative prompt and the prompt in one batch of two, mixes the predictions, and moves the latents
-along. Every implementation has the same weights and is given the same numbers, so its results must agree with the
-others'.
+along. Every implementation has the same weights and is given the same numbers.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,40 +11,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.results import OURS
-from bench.train_steps import Case, make_dit, masked_attention
+from bench.results import OURS, REFERENCE, STRONG
+from bench.suites.dits import EXACT_TYPES, UPSTREAM, Case, Implementation, plain_float32
 from osp_fast.diffusion.denoise import GuidedModel, Halves, Text, prepare_text
 from osp_fast.diffusion.samplers import LEAST_SIGNAL
 from osp_fast.diffusion.schedule import TRAIN_STEPS, diffusion_betas
-from osp_fast.engine.compile import compile_blocks
 from osp_fast.engine.cost import step_flops
 from osp_fast.engine.cuda_graphs import CudaMachine
 from osp_fast.engine.forward_graph import GraphedForward
-from osp_fast.models.attention_backends import AttentionBackend
 from osp_fast.models.dit import DiT, DiTConfig
 
 # Of guidance in timed steps, which take as long with any other. A larger one would magnify rounding in the check: the
 # prediction is scale x one half - (scale - 1) x the other.
 SCALE = 2.0
-WITHIN = "within"  # how rows of a budget of memory are called, before its bytes
 Predict = Callable[[Tensor, int], Tensor]  # latents (1, C, T, H, W), number of the step -> guided prediction, float32
 
 
 @dataclass(frozen=True)
-class Implementation:
+class Way(Implementation):
     """One way to sample.
 
-    attention: triton, sdpa, reference, or masked: memory-efficient SDPA with a mask, as upstream calls it
-    path: triton or reference, what serves all other operations; compiled: whether blocks are
     keys_once: text keys and values computed before the first step; times_once: time vectors of all steps likewise
     """
 
-    name: str
-    attention: str
-    path: str
-    compiled: bool = False
     keys_once: bool = False
     times_once: bool = False
+
+    @property
+    def role(self) -> str:
+        """One of `results.ROLES`: with one of the two computed once it is a part of ours."""
+        return "variant" if self.keys_once != self.times_once else super().role
 
     @property
     def engine(self) -> bool:
@@ -54,19 +48,21 @@ class Implementation:
         return self.keys_once and self.times_once
 
 
+PLAIN = "plain loop"
 ON_GPU = (
-    Implementation(OURS, "triton", "triton", compiled=True, keys_once=True, times_once=True),
-    Implementation("plain loop", "triton", "triton", compiled=True),
-    Implementation("torch.compile, best SDPA", "sdpa", "reference", compiled=True),
-    Implementation("reference path", "masked", "reference"),
+    Way(OURS, "triton", "triton", compiled=True, keys_once=True, times_once=True),
+    Way(REFERENCE, UPSTREAM, "reference"),
+    Way(STRONG, "sdpa", "reference", compiled=True),
+    Way(PLAIN, "triton", "triton", compiled=True),
 )
 ON_CPU = (
-    Implementation(OURS, "reference", "reference", keys_once=True, times_once=True),
-    Implementation("text keys once", "reference", "reference", keys_once=True),
-    Implementation("time vectors once", "reference", "reference", times_once=True),
-    Implementation("plain loop", "reference", "reference"),
+    Way(OURS, "reference", "reference", keys_once=True, times_once=True),
+    Way(REFERENCE, UPSTREAM, "reference"),
+    Way(STRONG, "sdpa", "reference"),
+    Way("text keys once", "reference", "reference", keys_once=True),
+    Way("time vectors once", "reference", "reference", times_once=True),
+    Way(PLAIN, "reference", "reference"),
 )
-EXACT = Implementation("float32", "masked", "reference")  # what all others are held against
 
 
 class Ddim:
@@ -93,7 +89,7 @@ class Ddim:
 
 @dataclass
 class Sampler:
-    """An implementation at work on a clip; `kernels_path` must be its own. graph: of the forward, where one may be."""
+    """An implementation at work on a clip; `around` must be its own. graph: of the forward, where one may be."""
 
     predict: Predict
     ddim: Ddim
@@ -114,7 +110,7 @@ class Sampler:
 
 def guided_flops(config: DiTConfig, case: Case) -> int:
     """Of a step: two forwards."""
-    return 2 * step_flops(config, case.workload("triton", "triton", True)).model // 3
+    return 2 * step_flops(config, case.workload()).model // 3
 
 
 def make_texts(config: DiTConfig, case: Case, device: torch.device) -> tuple[Text, Text]:
@@ -134,38 +130,15 @@ def make_noise(config: DiTConfig, case: Case, device: torch.device, seed: int = 
     return torch.randn(1, config.in_channels, *case.latent_size, generator=generator, device=device)
 
 
-def fresh_dit(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> DiT:
-    """Random weights, the same for every type."""
-    return make_dit(config, device).to(dtype).requires_grad_(False).eval()
-
-
-def same_dit(dit: DiT) -> DiT:
-    """Another model with the same weights, in the same memory."""
-    with torch.device("meta"):
-        other = DiT(dit.config)
-    other.load_state_dict(dit.state_dict(), assign=True)
-    return other.requires_grad_(False).eval()
-
-
-def prepare(one: Implementation, dit: DiT, device: torch.device | None = None) -> DiT:
+def prepare(one: Way, dit: DiT, device: torch.device | None = None) -> DiT:
     """Give a DiT an implementation's attention, and compile it, where it is. Returns the model.
 
     device: where it will compute, None: where it is
     """
-    if one.attention == "masked":
-        backend = AttentionBackend("masked", masked_attention, lambda mode, sparse_n: "memory-efficient, masked")
-        for block in dit.transformer_blocks:
-            block.self_attention.backend = block.cross_attention.backend = backend
-    else:
-        dit.use_attention(one.attention, device)
-    if one.compiled:
-        compile_blocks(dit, buckets=2)
-    return dit
+    return one.compile(one.prepare(dit, device), buckets=2)
 
 
-def make_sampler(
-    one: Implementation, dit: DiT, case: Case, steps: int, report: Callable[[str], None] = print
-) -> Sampler:
+def make_sampler(one: Way, dit: DiT, case: Case, steps: int, report: Callable[[str], None] = print) -> Sampler:
     """Of a prepared DiT. On a GPU the engine's is a CUDA graph if that is faster, of which `report` takes a line."""
     device = dit.proj_out.weight.device
     if not one.engine:
@@ -192,7 +165,7 @@ def engine_sampler(
     return Sampler(model, ddim, forward)
 
 
-def _plain(one: Implementation, dit: DiT, texts: tuple[Text, Text], timesteps: Tensor) -> Predict:
+def _plain(one: Way, dit: DiT, texts: tuple[Text, Text], timesteps: Tensor) -> Predict:
     """The usual lines, with what is computed once left out of the loop, or not."""
     device, dtype = dit.proj_out.weight.device, dit.proj_out.weight.dtype
     states = torch.cat([texts[1].states, texts[0].states]).to(dtype)
@@ -210,9 +183,19 @@ def _plain(one: Implementation, dit: DiT, texts: tuple[Text, Text], timesteps: T
     return predict
 
 
-def let_go(device: torch.device) -> None:
-    """Of what was measured before."""
-    torch._dynamo.reset()  # compiled graphs do not know which path they were made for
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def checked_noise(dit: DiT, case: Case) -> Tensor:
+    """Latents that predictions are compared for."""
+    return make_noise(dit.config, case, dit.proj_out.weight.device, 1)
+
+
+@torch.no_grad()
+def exact_prediction(dit: DiT, case: Case, steps: int, number: int) -> Tensor:
+    """The guided prediction in step `number` of `checked_noise`, by plain operations in `EXACT_TYPES`.
+
+    dit: its weights become of that type
+    """
+    device = dit.proj_out.weight.device
+    with plain_float32(device) as exact:
+        plain = Way(exact.name, exact.attention, exact.path)
+        sampler = make_sampler(plain, prepare(plain, dit.to(EXACT_TYPES[device.type])), case, steps)
+        return sampler.predict(checked_noise(dit, case), number)
