@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from bench.accuracy import relative_error
-from bench.sample_steps import ON_CPU as SAMPLERS
-from bench.sample_steps import fresh_dit, make_noise, make_sampler, prepare, same_dit
+from bench.suites.dits import Case, fresh_dit, make_dit, same_dit, tiny_training
+from bench.suites.sample_steps import ON_CPU as SAMPLERS
+from bench.suites.sample_steps import checked_noise, exact_prediction, make_sampler, prepare
 from bench.suites.stock_vae import StockDecoder, StockEncoder
+from bench.suites.train_steps import ON_CPU as TRAINERS
+from bench.suites.train_steps import exact_step, prepare_step
 from bench.suites.vae import make_vae
-from bench.train import tiny_case
-from bench.train_steps import ON_CPU as TRAINERS
-from bench.train_steps import Case, make_dit, prepare_step
-from bench.verify_models import lively_dit
 from osp_fast.data.buckets import Bucket
 from osp_fast.models.dit import DIT_CONFIGS
 
@@ -26,7 +25,7 @@ def draw(*shape):
 
 @torch.no_grad()
 def test_dit_forward(benchmark):
-    dit = lively_dit(TINY, CPU)
+    dit = fresh_dit(TINY, CPU, torch.float32)
     batch = CLIP.make_batch(TINY, CPU)
     inputs = batch.latents, batch.timesteps, batch.text, batch.text_mask
     found = benchmark(dit, *inputs)
@@ -35,19 +34,20 @@ def test_dit_forward(benchmark):
 
 
 def test_train_step(benchmark):
-    case = tiny_case()
+    case = tiny_training()
     batch = case.make_batch(TINY, CPU)
-    ours, plain = (prepare_step(one, make_dit(TINY, CPU), case, False, print) for one in TRAINERS)
-    assert relative_error(ours(batch), plain(batch)) < 1e-4  # loss and norm
-    benchmark(ours, batch)
+    step = prepare_step(TRAINERS[0], make_dit(TINY, CPU), case, False, print).step
+    assert relative_error(step(batch), exact_step(TINY, case, CPU)) < 1e-4  # loss and norm
+    benchmark(step, batch)
 
 
 def test_sample_step(benchmark):
     dit = fresh_dit(TINY, CPU, torch.float32)
-    ours, plain = (make_sampler(one, prepare(one, same_dit(dit)), CLIP, 50) for one in (SAMPLERS[0], SAMPLERS[-1]))
-    noise = make_noise(TINY, CLIP, CPU)
-    found = benchmark(ours.run, noise, range(20, 21))
-    assert relative_error(found, plain.run(noise, range(20, 21))) < 1e-4
+    sampler = make_sampler(SAMPLERS[0], prepare(SAMPLERS[0], same_dit(dit)), CLIP, 50)
+    noise = checked_noise(dit, CLIP)
+    found = benchmark(sampler.run, noise, range(20, 21))
+    expected = sampler.ddim.step(noise, exact_prediction(dit, CLIP, 50, 20), 20)
+    assert relative_error(found, expected) < 1e-4
 
 
 @torch.no_grad()

@@ -12,9 +12,8 @@ On a GPU, of the released width, with random weights:
 
 On a CPU the interpreter runs tiny models of very few tokens in float32; nothing is compiled there.
 
-Weights are as large as they are after training, unlike those of a fresh DiT, whose attention changes its output by less
-than bfloat16 rounds it: products keep their input's size, queries and keys are 1.4 times as large. On 800 tokens four
-such blocks without self-attention are 60 % off.
+Weights are `make_dit`'s, with which the output depends on every part: on 800 tokens four such blocks without
+self-attention are 60 % off.
 """
 
 import functools
@@ -30,15 +29,23 @@ from torch.utils.checkpoint import noop_context_fn
 
 from bench.accuracy import exact_float32, relative_error
 from bench.results import OURS, Row
-from bench.sample_steps import Case, Implementation, let_go, make_noise, make_sampler, prepare, same_dit
 from bench.suites import Job, Setting, reason_of
+from bench.suites.dits import (
+    Case,
+    exact_seconds,
+    fresh_dit,
+    kernels_path,
+    let_go,
+    make_dit,
+    plain_float32,
+    same_dit,
+)
 from bench.suites.stock_vae import StockDecoder, StockEncoder
 from bench.suites.vae import make_vae
-from bench.train_steps import kernels_path
 from bench.verify import NOT_MADE, SUITE, check_row, name_of
 from osp_fast.data.buckets import Bucket
+from osp_fast.diffusion.denoise import GuidedModel, Text, prepare_text
 from osp_fast.engine.compile import compile_blocks
-from osp_fast.engine.cost import step_flops
 from osp_fast.engine.cuda_graphs import CudaMachine
 from osp_fast.engine.forward_graph import GraphedForward
 from osp_fast.models.dit import DIT_CONFIGS, DiT, DiTConfig
@@ -48,14 +55,12 @@ BLOCKS = 4  # full, full, single, group
 # Of bfloat16 against float32, outputs and gradients. Reckoned on a CPU with the references, a quarter as wide: four
 # blocks 0.9 % and the worst parameter's gradient 2.5 %, 32 blocks 2.4 %.
 BF16, BF16_WHOLE, BF16_VAE, EXACT = (0.025, 0.07), (0.06, 0.06), (0.05, 0.05), (2e-5, 2e-4)
-QUERY_KEY_GAIN = 1.4
-STEPS, STEP = 100, 37  # the step that is checked of so many
-# Predictions: FLOP/s of float32 on one H100, products and attention together, seconds of Inductor for blocks without
-# and with gradients, and what a check costs besides.
-FLOAT32_RATE, COMPILE_S, COMPILE_TRAINING_S, OTHER_S = 25e12, 15.0, 40.0, 3.0
+SCALE = 2.0  # of guidance; a larger one would magnify rounding
+# Predictions: seconds of Inductor for blocks without and with gradients, and what a check costs besides.
+COMPILE_S, COMPILE_TRAINING_S, OTHER_S = 12.0, 30.0, 3.0
 VAE_S = 12.0
 # The interpreter's tokens and its blocks for convolutions, of which it then needs few.
-INTERPRETED_S = {"DiT": 12.0, "step": 5.0, "VAE": 15.0}
+INTERPRETED_S = {"DiT": 12.0, "step": 6.0, "encode": 5.0, "decode": 16.0}
 WIDE = ConvConfig(16, 32, 64, 64, 4, 1)
 
 Errors = dict[str, float]
@@ -87,28 +92,26 @@ def model_jobs(device_type: str, types: Sequence[str]) -> list[Job]:
 
 def _gpu_jobs() -> list[Job]:
     config, whole = replace(DIT_CONFIGS[RELEASED], num_layers=BLOCKS), DIT_CONFIGS[RELEASED]
-    large, small = Case(Bucket(93, 640, 640)), Case(Bucket(29, 352, 640))
+    small, large, clip = (Case(Bucket(*size)) for size in ((29, 352, 640), (93, 640, 640), (93, 352, 640)))
+    pair = replace(small, clips=2)
     found = []
-    for case, clips in ((small, 2), (large, 1)):
+    for case in (pair, large):
         for masked in (False, True):
-            what = "padded clip" if masked else "text mask"
-            check = functools.partial(blocks_errors, config, replace(case, clips=clips), masked, False)
-            seconds = OTHER_S + 4 / 3 * clips * _training_flops(config, case) / FLOAT32_RATE
-            found.append(_job(f"DiT blocks {case}, {what}", seconds, BF16, check))
-    clip = Case(Bucket(93, 352, 640))
-    seconds = 2 * OTHER_S + _training_flops(whole, clip) / 3 / FLOAT32_RATE
+            check = functools.partial(blocks_errors, config, case, masked, False)
+            seconds = OTHER_S + exact_seconds(config, case.workload(), training=True)
+            found.append(_job(f"DiT blocks {case}, {'padded clip' if masked else 'text mask'}", seconds, BF16, check))
+    seconds = 2 * OTHER_S + exact_seconds(whole, clip.workload(), training=False)
     found.append(_job(f"whole DiT {clip}", seconds, BF16_WHOLE, functools.partial(whole_errors, whole, clip)))
     for direction in ("encode", "decode"):
         tilings = ((4, None, None), (4, 16, 24))
-        check = functools.partial(vae_errors, "WFVAEModel_D8_4x8x8", direction, (24, 44, 80), tilings)
+        check = functools.partial(vae_errors, "WFVAEModel_D8_4x8x8", direction, clip.latent_size, tilings)
         found.append(_job(f"VAE {direction} {clip}, in pieces, in tiles", VAE_S, BF16_VAE, check))
-    check = functools.partial(blocks_errors, config, replace(small, clips=2), False, True)
-    found.append(_job(f"compiled DiT blocks {small}", OTHER_S + COMPILE_TRAINING_S, BF16, check))
-    check = functools.partial(graph_errors, config, replace(small, clips=2))
-    found.append(_job(f"CUDA graph of DiT blocks {small}", OTHER_S + COMPILE_S, BF16, check))
-    implementation = Implementation(OURS, "triton", "triton", compiled=True, keys_once=True, times_once=True)
-    check = functools.partial(step_errors, implementation, config, small)
-    seconds = OTHER_S + COMPILE_S + 2 * _training_flops(config, small) / 3 / FLOAT32_RATE
+    check = functools.partial(blocks_errors, config, pair, False, True)
+    found.append(_job(f"compiled DiT blocks {pair}", OTHER_S + COMPILE_TRAINING_S, BF16, check))
+    check = functools.partial(graph_errors, config, pair)
+    found.append(_job(f"CUDA graph of DiT blocks {pair}", OTHER_S + COMPILE_S, BF16, check))
+    seconds = OTHER_S + COMPILE_S + exact_seconds(config, pair.workload(), training=False)
+    check = functools.partial(step_errors, config, small)
     found.append(_job(f"guided step of DiT blocks {small}", seconds, BF16_WHOLE, check))
     return found
 
@@ -121,14 +124,13 @@ def _cpu_jobs() -> list[Job]:
         check = functools.partial(blocks_errors, config, case, masked, False)
         what = "padded clip" if masked else "text mask"
         found.append(_job(f"tiny DiT {case}, {what}", clips * INTERPRETED_S["DiT"] / 2, EXACT, check, torch.float32))
-    implementation = Implementation(OURS, "triton", "triton", keys_once=True, times_once=True)
     case = Case(Bucket(1, 48, 96), 1, 8)
-    check = functools.partial(step_errors, implementation, config, case)
+    check = functools.partial(step_errors, config, case)
     found.append(_job(f"guided step of the tiny DiT {case}", INTERPRETED_S["step"], EXACT, check, torch.float32))
     for direction, tiles in (("encode", (1, None, None)), ("decode", (2, 1, 2))):
         check = functools.partial(vae_errors, "tiny", direction, (2, 2, 2), (tiles,))
         what = "in pieces" if tiles[1] is None else "in tiles"
-        seconds = INTERPRETED_S["VAE"] / 2
+        seconds = INTERPRETED_S[direction]
         found.append(_job(f"tiny VAE {direction} 5x16x16, {what}", seconds, EXACT, check, torch.float32))
     return found
 
@@ -157,41 +159,23 @@ def _measure(case: str, tolerances: tuple[float, float], check: Callable, dtype:
     return [check_row(case, errors, tolerances, dtype)]
 
 
-def lively_dit(config: DiTConfig, device: torch.device) -> DiT:
-    """Random float32 weights with which the output depends on every part; see the module's docstring."""
-    with torch.device("meta"):
-        dit = DiT(config)
-    dit.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in dit.named_parameters():
-            std = 0.5 if name.endswith("table") else 0.1
-            if parameter.dim() > 1 and not name.endswith("table"):
-                std = parameter[0].numel() ** -0.5
-                std *= QUERY_KEY_GAIN if name.endswith(("qkv.weight", "q.weight", "kv.weight")) else 1
-            parameter.normal_(std=std, generator=generator)
-    return dit
-
-
 def blocks_errors(
     config: DiTConfig, case: Case, masked: bool, compiled: bool, device: torch.device, say: Callable[[str], None]
 ) -> Errors:
-    """Of a DiT's result and of all gradients, through our operations.
+    """Of a DiT's result and of all gradients, through our operations, in bfloat16 on a GPU.
 
     masked: a clip is padded, as `latent_mask` says; compiled: blocks are, and are held against those that are not
     """
-    dit, inputs = lively_dit(config, device), _make_inputs(config, case, masked, device)
-    bf16 = device.type == "cuda"
-    plain = "triton" if compiled else "reference"
-    with kernels_path(plain):
-        attention = plain if compiled or not bf16 else "sdpa"
-        dit.use_attention(attention, device, torch.bfloat16 if bf16 and compiled else torch.float32)
-        dit.recompute_blocks(None if compiled else noop_context_fn)
-        expected = _with_gradients(dit, inputs, bf16 and compiled)
-    with kernels_path("triton"):
+    dit, inputs, bf16 = make_dit(config, device), _make_inputs(config, case, masked, device), device.type == "cuda"
+    if not compiled:
+        with plain_float32(device) as plain:
+            plain.prepare(dit).recompute_blocks(noop_context_fn)
+            expected = _with_gradients(dit, inputs, False)
         dit.recompute_blocks(None)
+    with kernels_path("triton"):
         dit.use_attention("triton", device, torch.bfloat16 if bf16 else torch.float32)
         if compiled:
+            expected = _with_gradients(dit, inputs, bf16)
             compile_blocks(dit, buckets=1)
         found = _with_gradients(dit, inputs, bf16)
     return {name: relative_error(x, expected[name]) for name, x in found.items()}
@@ -200,20 +184,20 @@ def blocks_errors(
 @torch.no_grad()
 def whole_errors(config: DiTConfig, case: Case, device: torch.device, say: Callable[[str], None]) -> Errors:
     """Of a DiT in bfloat16, as it samples, against the same weights in float32."""
-    dit = lively_dit(config, device).bfloat16()
+    dit = fresh_dit(config, device, torch.bfloat16)
     latents, timestep, text, mask, _ = _make_inputs(config, case, False, device).arguments()
     latents, text = latents.bfloat16(), text.bfloat16()
     with kernels_path("triton"):
         found = dit.use_attention("triton")(latents, timestep, text, mask)
-    with kernels_path("reference"):
-        expected = dit.float().use_attention("sdpa")(latents.float(), timestep, text.float(), mask)
+    with plain_float32(device) as plain:
+        expected = plain.prepare(dit.float())(latents.float(), timestep, text.float(), mask)
     return {"out": relative_error(found, expected)}
 
 
 @torch.no_grad()
 def graph_errors(config: DiTConfig, case: Case, device: torch.device, say: Callable[[str], None]) -> Errors:
     """Of a CUDA graph of compiled blocks in bfloat16 against the same uncompiled: of one text, of another, and back."""
-    dit = lively_dit(config, device).bfloat16().requires_grad_(False)
+    dit = fresh_dit(config, device, torch.bfloat16)
     with kernels_path("triton"):
         dit.use_attention("triton")
         compiled = compile_blocks(same_dit(dit).use_attention("triton"), buckets=1)
@@ -229,22 +213,28 @@ def graph_errors(config: DiTConfig, case: Case, device: torch.device, say: Calla
 
 
 @torch.no_grad()
-def step_errors(
-    one: Implementation, config: DiTConfig, case: Case, device: torch.device, say: Callable[[str], None]
-) -> Errors:
-    """Of a guided prediction, and of the latents after its step, as the engine samples, against the usual lines."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dit = lively_dit(config, device).to(dtype).requires_grad_(False).eval()
-    noise = make_noise(config, case, device)
-    with kernels_path(one.path):
-        ours = make_sampler(one, prepare(one, same_dit(dit)), case, STEPS, say)
-        found = ours.predict(noise, STEP), ours.run(noise, range(STEP, STEP + 1))
-    plain = Implementation("float32", "masked", "reference")
-    with kernels_path(plain.path):
-        exact = make_sampler(plain, prepare(plain, dit.float()), case, STEPS, say)
-        expected = exact.predict(noise, STEP), exact.run(noise, range(STEP, STEP + 1))
-    pairs = zip(("out prediction", "out latents"), found, expected, strict=True)
-    return {name: relative_error(*pair) for name, *pair in pairs}
+def step_errors(config: DiTConfig, case: Case, device: torch.device, say: Callable[[str], None]) -> Errors:
+    """Of guided predictions in two steps, as the engine samples, against the usual lines."""
+    on_gpu = device.type == "cuda"
+    dit = fresh_dit(config, device, torch.bfloat16 if on_gpu else torch.float32)
+    inputs = [_make_inputs(config, case, False, device, seed) for seed in (0, 1)]
+    texts = [Text(one.text, one.text_mask) for one in inputs]
+    timesteps = torch.tensor([600.0, 400.0])
+    with kernels_path("triton"):
+        ours = same_dit(dit).use_attention("triton")
+        if on_gpu:
+            compile_blocks(ours, buckets=1)
+        graph = GraphedForward(ours, CudaMachine(device), False, say) if on_gpu else None
+        guided = GuidedModel(ours, prepare_text(ours, *texts), timesteps, SCALE, forward=graph)
+        found = [guided(one.latents, step) for step, one in enumerate(inputs)]
+    errors = {}
+    with plain_float32(device) as plain:
+        exact = plain.prepare(dit.float())
+        for step, one in enumerate(inputs):
+            time = timesteps[step : step + 1].to(device)
+            with_prompt, without = (exact(one.latents, time, text.states, text.mask) for text in texts)
+            errors[f"out{step}"] = relative_error(found[step], without + SCALE * (with_prompt - without))
+    return errors
 
 
 @torch.no_grad()
@@ -276,11 +266,6 @@ def vae_errors(
                 found = vae.decode(x.to(dtype), tiles)
             errors[f"out of tiles {tiles}" if tiles else "out at once"] = relative_error(found, expected)
     return errors
-
-
-def _training_flops(config: DiTConfig, case: Case) -> int:
-    """Of forward and backward, by the mathematics."""
-    return step_flops(config, case.workload("triton", "triton", True)).model
 
 
 def _make_inputs(config: DiTConfig, case: Case, masked: bool, device: torch.device, seed: int = 0) -> Inputs:

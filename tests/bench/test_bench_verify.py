@@ -266,14 +266,13 @@ def by_references(monkeypatch):
     monkeypatch.setattr(verify_models, "compile_blocks", lambda dit, buckets: dit)
     config = dataclasses.replace(DIT_CONFIGS["tiny"], num_layers=4)
     clips = verify_models.Case(Bucket(5, 48, 96), 2, 16)
-    one = verify_models.Implementation("ours", "triton", "triton", keys_once=True, times_once=True)
     small = dataclasses.replace(clips, clips=1)
     checks = {
         "blocks": functools.partial(verify_models.blocks_errors, config, clips, False, False),
         "padded": functools.partial(verify_models.blocks_errors, config, clips, True, False),
         "compiled": functools.partial(verify_models.blocks_errors, config, clips, False, True),
         "graph": functools.partial(verify_models.graph_errors, config, clips),
-        "step": functools.partial(verify_models.step_errors, one, config, small),
+        "step": functools.partial(verify_models.step_errors, config, small),
         "whole": functools.partial(verify_models.whole_errors, config, small),
     }
     for direction in ("encode", "decode"):
