@@ -87,7 +87,7 @@ def model_jobs(device_type: str, types: Sequence[str]) -> list[Job]:
     dtype = {"cuda": "bfloat16", "cpu": "float32"}[device_type]
     if dtype not in types:
         return []
-    return [*_gpu_jobs()] if device_type == "cuda" else [*_cpu_jobs()]
+    return _gpu_jobs() if device_type == "cuda" else _cpu_jobs()
 
 
 def _gpu_jobs() -> list[Job]:
