@@ -1,52 +1,80 @@
-"""`bench compare`: what changed between two results of `bench run`, or two of `bench static`."""
+"""`bench compare`: two result files of `bench run`, or two of `bench static`; what got worse ends with exit code 1."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.results import read_result
+from bench.results import SAME, Result, Row, read_result
+from bench.run import describe_ceilings
 from bench.table import format_table, milliseconds
 from osp_fast.errors import UserError
 
-RUN_KEY = ("shape", "direction", "implementation")
-TUNE_KEY = ("shape", "kernel", "config")
-MODEL_KEY = ("case", "implementation")
 STATIC_KEY = ("op", "kernel", "arch", "config")
 
 
 def run_compare(before: Path, after: Path, threshold: float) -> int:
-    """Print a table of ratios; 1 if a row is worse by more than `threshold` (0.05: five percent), else 0."""
+    """Print a table of ratios; 1 if a row is worse by more than `threshold` (0.05: five percent), else 0.
+
+    Raises UserError if the two are of different commands, devices or versions.
+    """
     old, new = read_result(before), read_result(after)
-    if _kind(old) != _kind(new):
-        raise UserError(f"{after}: is of bench {_kind(new)}, {before} of bench {_kind(old)}: give two of one kind")
-    if isinstance(old, list):
-        table, worse = compare_static(old, new, threshold)
+    if isinstance(old, Result) != isinstance(new, Result):
+        kinds = ["run" if isinstance(one, Result) else "static" for one in (old, new)]
+        raise UserError(f"{after}: is of bench {kinds[1]}, {before} of bench {kinds[0]}: give two of one kind")
+    if isinstance(old, Result):
+        refuse_other_environment(before, old, after, new)
+        for path, result in ((before, old), (after, new)):
+            print(f"{path}: {result.env['git']}, {result.env['date']}, {describe_ceilings(result.env)}")
+        table, worse = compare_times(old.rows, new.rows, threshold, old.env["device"] != "cpu")
     else:
-        for name, value in old["environment"].items():
-            if new["environment"].get(name) != value:
-                print(f"{name} differs: {value} -> {new['environment'].get(name)}")
-        keys = {"run": RUN_KEY, "tune": TUNE_KEY, "vae": MODEL_KEY, "train": MODEL_KEY, "sample": MODEL_KEY}
-        table, worse = compare_times(old["rows"], new["rows"], keys[_kind(old)], threshold)
+        table, worse = compare_static(old, new, threshold)
     print(table)
     for sentence in worse:
         print(f"WORSE {sentence}")
     return 1 if worse else 0
 
 
+def refuse_other_environment(before: Path, old: Result, after: Path, new: Result) -> None:
+    """Raises UserError, with all that differs, if times of the two do not compare."""
+    differs = [
+        f"{key} ({old.env.get(key)} and {new.env.get(key)})" for key in SAME if old.env.get(key) != new.env.get(key)
+    ]
+    if differs:
+        raise UserError(
+            f"{before} and {after} were measured in different environments, {', '.join(differs)}: "
+            "measure both commits in one, as their times do not compare"
+        )
+
+
 def compare_times(
-    old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], key: tuple[str, ...], threshold: float
+    old: Sequence[Row], new: Sequence[Row], threshold: float, absolute: bool = True
 ) -> tuple[str, list[str]]:
-    """(table, what is worse): slower by more than `threshold`, or measured before and no more."""
+    """(table, what is worse): slower by more than `threshold` and both spreads, wrong, or measured no more.
+
+    absolute: whether the table has times. Where the percentiles of both overlap there is no difference.
+    """
+    first, second = ({(row.suite, row.case, row.impl): row for row in rows} for rows in (old, new))
     lines, worse = [], []
-    for name, first, second in _paired(old, new, key):
-        before, after = (row["seconds"] if row else None for row in (first, second))
-        ratio = after / before if before and after else None
-        lines.append([*name, milliseconds(before), milliseconds(after), None if ratio is None else f"{ratio:.3f}"])
-        if before and not after:
-            worse.append(f"{' '.join(name)}: measured before, not any more")
-        elif ratio is not None and ratio > 1 + threshold:
-            worse.append(f"{' '.join(name)}: {100 * (ratio - 1):.1f} % slower")
-    return format_table([*key, "before", "after", "after/before"], lines), worse
+    for name in dict.fromkeys([*first, *second]):
+        before, after = first.get(name), second.get(name)
+        times = [row.ms if row is not None and row.timed else None for row in (before, after)]
+        ratio = times[1] / times[0] if all(times) else None
+        within = ratio is not None and _overlap(before, after)
+        cells = [milliseconds(value * 1e-3) if value else None for value in times] if absolute else []
+        lines.append([*name, *cells, None if ratio is None else f"{ratio:.3f}", "within spread" if within else None])
+        label = " ".join(name)
+        if times[0] and not times[1]:
+            reason = after.note if after is not None else "not in the second file"
+            worse.append(f"{label}: measured before, {reason or 'not any more'}")
+        elif ratio is not None and ratio > 1 + threshold and not within:
+            worse.append(f"{label}: {100 * (ratio - 1):.1f} % slower")
+    headers = ["suite", "case", "implementation", *(["before", "after"] if absolute else []), "after/before", ""]
+    return format_table(headers, lines), worse
+
+
+def _overlap(before: Row, after: Row) -> bool:
+    """Whether the 20th to 80th percentiles of both have a time in common."""
+    return before.ms_p20 <= after.ms_p80 and after.ms_p20 <= before.ms_p80
 
 
 def compare_static(
@@ -54,7 +82,9 @@ def compare_static(
 ) -> tuple[str, list[str]]:
     """(table, what is worse): any more spills, registers up by more than `threshold`, compiled before and no more."""
     lines, worse = [], []
-    for name, first, second in _paired(old, new, STATIC_KEY):
+    files = [{tuple(str(row[part]) for part in STATIC_KEY): row for row in rows} for rows in (old, new)]
+    for name in dict.fromkeys([*files[0], *files[1]]):
+        first, second = (rows.get(name) for rows in files)
         cells = [_change(first, second, figure) for figure in ("registers", "spills", "shared")]
         lines.append([*name, *cells])
         label = " ".join(name)
@@ -70,20 +100,8 @@ def compare_static(
     return format_table([*STATIC_KEY, "registers", "spills", "shared"], lines), worse
 
 
-def _paired(
-    old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], key: tuple[str, ...]
-) -> list[tuple[tuple[str, ...], dict[str, Any] | None, dict[str, Any] | None]]:
-    """(name, row of the first file, row of the second); None where a file does not have it."""
-    first, second = ({tuple(str(row[part]) for part in key): row for row in rows} for rows in (old, new))
-    return [(name, first.get(name), second.get(name)) for name in dict.fromkeys([*first, *second])]
-
-
 def _change(first: dict[str, Any] | None, second: dict[str, Any] | None, figure: str) -> str:
     before, after = (row[figure] if row and "error" not in row else None for row in (first, second))
     if before == after:
         return "-" if before is None else str(before)
     return " -> ".join("-" if value is None else str(value) for value in (before, after))
-
-
-def _kind(result: Any) -> str:
-    return "static" if isinstance(result, list) else result["kind"]
