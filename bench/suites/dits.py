@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from bench.accuracy import exact_float32
+from bench.measure import Timing
 from bench.results import OURS, REFERENCE, STRONG, Row
 from bench.suites import Options, reason_of
 from bench.suites.upstream_blocks import use_upstream_blocks
@@ -288,17 +289,33 @@ def allocated(device: torch.device) -> int:
 def let_go(device: torch.device) -> None:
     """Of what was measured before."""
     torch._dynamo.reset()  # compiled graphs do not know which path they were made for
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
-def why_not(error: Exception, row: Row) -> str:
-    """What does not fit is a result; anything else that ours raises is a failure."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    expected = row.role not in ("ours", "variant") or isinstance(error, UserError)
-    return reason_of(error) if expected else f"FAILED: {reason_of(error)}"
+def take_timing(row: Row, timing: Timing | Exception) -> None:
+    """Fill in what was measured, or why nothing was."""
+    if isinstance(timing, Timing):
+        for name, value in timing.fields().items():
+            setattr(row, name, value)
+    else:
+        fault(row, timing)
+
+
+def fault(row: Row, reason: Exception | str) -> None:
+    """Say first of all why a row is not right, or not timed.
+
+    What does not fit, and what the engine refuses, are results; anything else that ours raises is a failure.
+    """
+    words = reason
+    if isinstance(reason, torch.OutOfMemoryError):
+        words = "out of memory"
+    elif isinstance(reason, Exception):
+        failed = row.role in ("ours", "variant") and not isinstance(reason, UserError)
+        words = f"FAILED: {reason_of(reason)}" if failed else reason_of(reason)
+    row.ok = False
+    row.note = "; ".join(filter(None, [words, row.note]))
 
 
 def add_note(row: Row, *parts: str) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import noop_context_fn
 
 from bench.accuracy import largest_error, relative_error
-from bench.measure import BRIEF, LONG_CALLS, Contestant, Effort, Timing
+from bench.measure import BRIEF, LONG_CALLS, Contestant, Effort
 from bench.results import OURS, REFERENCE, STRONG, Row
 from bench.suites import Job, Options, Setting
 from bench.suites.dits import (
@@ -51,6 +51,7 @@ from bench.suites.dits import (
     checked_note,
     exact_seconds,
     exactly,
+    fault,
     forward_bytes,
     fresh_dit,
     let_go,
@@ -58,9 +59,9 @@ from bench.suites.dits import (
     rates_of,
     same_dit,
     sizes_of,
+    take_timing,
     tiny_sampling,
     training_bytes,
-    why_not,
 )
 from osp_fast.data.buckets import Bucket
 from osp_fast.engine.cost import Workload, block_flops, step_flops, tokens_of
@@ -222,10 +223,9 @@ def _measure_direction(subject: Subject, direction: str, setting: Setting) -> li
                 if row.ok:
                     bound[one] = [make(subject.case, seed) for seed in range(2)]
                 else:
-                    add_note(row, f"WRONG, not timed: off by {row.rel_err:.1e}")
+                    fault(row, f"WRONG, not timed: off by {row.rel_err:.1e}")
         except Exception as error:  # whatever a library raises is the reason why it is not measured
-            row.ok = False
-            add_note(row, why_not(error, row))
+            fault(row, error)
     del expected
     holds = weight_bytes(base)
     contestants = [
@@ -234,11 +234,7 @@ def _measure_direction(subject: Subject, direction: str, setting: Setting) -> li
     ]
     timings = setting.timer(contestants, device, EFFORT[device.type, subject.whole])
     for name, timing in timings.items():
-        if isinstance(timing, Timing):
-            for field, value in timing.fields().items():
-                setattr(rows[name], field, value)
-        else:
-            add_note(rows[name], why_not(timing, rows[name]))
+        take_timing(rows[name], timing)
     if device.type == "cuda":
         rows[OURS].predicted_ms = 1e3 * subject.predicted(direction, rates_of(device))
     return list(rows.values())

@@ -40,13 +40,14 @@ from bench.suites.dits import (
     add_note,
     allocated,
     checked_note,
+    fault,
     fresh_dit,
     let_go,
     rates_of,
     same_dit,
     sizes_of,
+    take_timing,
     tiny_sampling,
-    why_not,
 )
 from bench.suites.sample_cache import cache_job
 from bench.suites.sample_check import (
@@ -156,11 +157,10 @@ def _measure_steps(config: DiTConfig, case: Case, setting: Setting) -> list[Row]
                     holds = weight_bytes(base) + allocated(device) - before + sampler.graph_bytes
                     contestants.append(Contestant(one.name, [call], one.around, holds))
         except Exception as error:  # whatever a library raises is the reason why it is not measured
-            row.ok = False
-            add_note(row, why_not(error, row))
+            fault(row, error)
     timings = setting.timer(contestants, device, EFFORT[device.type])
     for name, timing in timings.items():
-        _timed(rows[name], timing)
+        take_timing(rows[name], timing)
     _share(rows, timings)
     if device.type == "cuda" and rows[OURS].ok:
         rows[OURS].predicted_ms = 1e3 * predicted_seconds(config, case, rates_of(device))
@@ -193,14 +193,6 @@ def complete(row: Row, case: Case, decoding: float | None) -> None:
         if decoding is not None:
             row.figures["decode_seconds"] = decoding
             row.figures["clip_seconds"] = STEPS * row.ms * 1e-3 + decoding
-
-
-def _timed(row: Row, timing: Timing | Exception) -> None:
-    if isinstance(timing, Timing):
-        for name, value in timing.fields().items():
-            setattr(row, name, value)
-    else:
-        add_note(row, why_not(timing, row))
 
 
 def _share(rows: dict[str, Row], timings: dict[str, Timing | Exception]) -> None:

@@ -16,7 +16,18 @@ from bench.accuracy import relative_error
 from bench.measure import Contestant, Effort, Timing
 from bench.results import OURS, Row
 from bench.suites import Job, Setting
-from bench.suites.dits import BUILD_S, COMPILE_S, DTYPES, Case, add_note, checked_note, fresh_dit, let_go, why_not
+from bench.suites.dits import (
+    BUILD_S,
+    COMPILE_S,
+    DTYPES,
+    Case,
+    add_note,
+    checked_note,
+    fault,
+    fresh_dit,
+    let_go,
+    take_timing,
+)
 from bench.suites.sample_check import (
     CPU_SECONDS,
     STEPS,
@@ -102,17 +113,14 @@ def _run(dit: DiT, case: Case, threshold: float | None, name: str, ended: Ended)
 
 
 def _complete(row: Row, timing: Timing | Exception, ended: Ended) -> None:
-    if not isinstance(timing, Timing):
-        row.ok = False
-        add_note(row, why_not(timing, row))
+    if isinstance(timing, Timing) and not ended[row.impl][0].isfinite().all():
+        fault(row, "WRONG, not timed: its latents are not finite")
+        return
+    row.ok = True
+    take_timing(row, timing)
+    if not row.timed:
         return
     latents, skipped = ended[row.impl]
-    row.ok = bool(latents.isfinite().all())
-    if not row.ok:
-        add_note(row, "WRONG, not timed: its latents are not finite")
-        return
-    for name, value in timing.fields().items():
-        setattr(row, name, value)
     row.figures = {"skipped_share": skipped, "steps_per_s": RUN_STEPS * 1e3 / row.ms}
     if row.role == "variant" and OURS in ended:
         row.figures["latents_change"] = change = relative_error(latents, ended[OURS][0])

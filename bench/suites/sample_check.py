@@ -9,9 +9,9 @@ from bench.suites.dits import (
     BUILD_S,
     DTYPES,
     Case,
-    add_note,
     exact_seconds,
     exactly,
+    fault,
     forward_bytes,
     fresh_dit,
 )
@@ -46,7 +46,7 @@ def judge(row: Row, sampler: Sampler, noise: Tensor, expected: Tensor) -> None:
     row.rel_err = relative_error(sampler.predict(noise, CHECKED_STEP), expected)
     row.ok = row.rel_err <= TOLERANCE[expected.device.type]  # not if it is NaN
     if not row.ok:
-        add_note(row, f"WRONG, not timed: off by {row.rel_err:.1e}")
+        fault(row, f"WRONG, not timed: off by {row.rel_err:.1e}")
 
 
 def step_row(config: DiTConfig, case: Case, one: Way, dtype: torch.dtype, name: str | None = None) -> Row:

@@ -19,10 +19,11 @@ from bench.suites.dits import (
     add_note,
     allocated,
     checked_note,
+    fault,
     fresh_dit,
     let_go,
     rates_of,
-    why_not,
+    take_timing,
 )
 from bench.suites.sample_check import (
     STEPS,
@@ -39,7 +40,6 @@ from osp_fast.engine.devices import H100
 from osp_fast.engine.sampling_plan import SamplingFacts, SamplingPlan
 from osp_fast.engine.stages import DENOISING, plan_sampling
 from osp_fast.engine.stream_blocks import BlockStreamer
-from osp_fast.errors import UserError
 from osp_fast.models.dit import DiT, DiTConfig
 from osp_fast.models.wfvae import WFVAE, WFVAE_CONFIGS
 from osp_fast.models.wfvae_plan import Task, gib
@@ -103,9 +103,8 @@ def _measure_budget(config: DiTConfig, case: Case, budget: int, checked: tuple[C
             finally:
                 if streamer is not None:
                     streamer.release()
-    except (torch.OutOfMemoryError, UserError) as error:
-        row.ok = False
-        add_note(row, why_not(error, row))
+    except Exception as error:  # the next budget is measured whatever happens to this one
+        fault(row, error)
     return row
 
 
@@ -135,6 +134,5 @@ def _measure(
     if not isinstance(timing, Timing):
         raise timing
     steps = replace(timing, turns=[[ms / CALL_STEPS for ms in turn] for turn in timing.turns])
-    for name, value in steps.fields().items():
-        setattr(row, name, value)
+    take_timing(row, steps)
     row.figures["steps_per_s"] = 1e3 / row.ms

@@ -38,17 +38,18 @@ from bench.suites.dits import (
     checked_note,
     exact_seconds,
     exactly,
+    fault,
     let_go,
     make_dit,
     rates_of,
     sizes_of,
     step_bytes,
+    take_timing,
     tiny_training,
-    why_not,
 )
 from bench.suites.train_steps import ON_CPU, ON_GPU, SETTINGS, Ready, Trainer, exact_step, prepare_step
 from osp_fast.engine.cost import Sharding
-from osp_fast.engine.devices import H100, DeviceModel
+from osp_fast.engine.devices import H100, DeviceModel, peak_flops
 from osp_fast.engine.exchange_cost import SharedWork, predict_step
 from osp_fast.engine.forward_peak import dit_on_meta
 from osp_fast.engine.levels import Level
@@ -111,8 +112,7 @@ def _measure_group(
                     call = functools.partial(ready.step, batch)
                     contestants.append(Contestant(one.name, [call], one.around, holds))
         except Exception as error:  # whatever a library raises is the reason why it is not measured
-            row.ok = False
-            add_note(row, why_not(error, row))
+            fault(row, error)
     timings = setting.timer(contestants, setting.device, EFFORT[setting.device.type])
     for name, timing in timings.items():
         _complete(rows[name], timing, config, case, setting.device)
@@ -142,10 +142,9 @@ def _start(one: Trainer, config: DiTConfig, case: Case, row: Row, checked: Check
     row.rel_err = float(((found - expected) / expected).abs().max())  # NaN is the worst
     row.ok = row.rel_err <= TOLERANCE[setting.device.type]
     if not row.ok:
-        loss, norm = found.tolist()
-        expected_loss, expected_norm = expected.tolist()
-        row.note = f"WRONG, not timed: first loss {loss:.4g}, gradient norm {norm:.4g}"
-        row.note += f", in float32 {expected_loss:.4g} and {expected_norm:.4g}"
+        (loss, norm), (true_loss, true_norm) = found.tolist(), expected.tolist()
+        words = f"first loss {loss:.4g} for {true_loss:.4g}, gradient norm {norm:.4g} for {true_norm:.4g}"
+        fault(row, f"WRONG, not timed: {words}")
     add_note(row, checked_note(case, at))
     if one.name == OURS and on_gpu:
         row.predicted_ms = 1e3 * _step_seconds(config, case, ready, rates_of(setting.device))
@@ -153,15 +152,14 @@ def _start(one: Trainer, config: DiTConfig, case: Case, row: Row, checked: Check
 
 
 def _complete(row: Row, timing: Timing | Exception, config: DiTConfig, case: Case, device: torch.device) -> None:
-    if not isinstance(timing, Timing):
-        add_note(row, why_not(timing, row))
+    take_timing(row, timing)
+    if not row.timed:
         return
-    for name, value in timing.fields().items():
-        setattr(row, name, value)
     seconds = row.ms * 1e-3
     row.figures |= {"steps_per_s": 1 / seconds, "tokens_per_second": case.video_tokens(config) / seconds}
-    if device.type == "cuda":
-        row.figures["mfu"] = row.flops / seconds / rates_of(device).peak_flops
+    most = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if most is not None:
+        row.figures["mfu"] = row.flops / seconds / most
 
 
 def _step_seconds(config: DiTConfig, case: Case, ready: Ready | None, rates: DeviceModel) -> float:
