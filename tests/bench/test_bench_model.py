@@ -136,13 +136,13 @@ def test_a_slow_one_is_slower(monkeypatch):
     rotated = upstream_blocks._rotated
 
     def slow(*given):
-        for _ in range(200):
+        for _ in range(60):
             rotated(*given)
         return rotated(*given)
 
     monkeypatch.setattr(upstream_blocks, "_rotated", slow)
     ours, reference, _ = measured("group", time_in_turns)[:3]
-    assert ours.ok and ours.vs["reference"] > 3 and reference.ms > 3 * ours.ms
+    assert ours.ok and ours.vs["reference"] > 2 and reference.ms > 2 * ours.ms
 
 
 def test_implementations_of_a_gpu(monkeypatch):
@@ -165,12 +165,6 @@ def test_implementations_of_a_gpu(monkeypatch):
     )
     # Two directions; the second set of inputs meets no new graph.
     assert ours == [True, False] * 2 and theirs == [False, True] * 2
-    graphs.clear()
-    monkeypatch.setattr(model, "ON_CPU", (replace(model.ON_GPU[2], name="osp_fast"),))
-    rows = measured("DiT")
-    assert all(row.ok for row in rows) and len(graphs) == 4 + 3  # recomputed blocks leave nothing to add
-
-    assert any("checkpoint" in name for calls in graphs for name in calls)
 
 
 def test_what_does_not_fit_in_float32_is_checked_shorter(monkeypatch):

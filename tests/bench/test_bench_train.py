@@ -1,26 +1,17 @@
-"""A training step of the whole DiT beside others, small and on the CPU in a GPU's place."""
+"""The suite `train`: a training step of a small DiT on the CPU, in the place of the released one's on a GPU."""
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
-from osp_fast.kernels.skiparse_attention import skiparse_attention_ref
 
-from bench import train as bench_train
-from bench import train_steps
-from bench.__main__ import TRAIN_CASES, main
-from bench.compare import run_compare
-from bench.results import OURS, latest_runs, read_result
-from bench.train import (
-    TOLERANCE,
-    compare_first_steps,
-    measure_in_turns,
-    measure_row,
-    parse_case,
-    run_train,
-    train_table,
-)
-from bench.train_steps import ON_CPU, ON_GPU, Case, masked_attention
+from bench.measure import Effort, Timing
+from bench.results import Ceilings, complete_case
+from bench.suites import Options, Setting, train, train_steps
+from bench.suites import dits as bench_dits
+from bench.suites.dits import Case, make_dit
+from bench.suites.train import jobs, measure_case
+from bench.suites.train_steps import ON_CPU, ON_GPU, UpstreamStep, exact_step, prepare_step
 from osp_fast.data.buckets import Bucket
 from osp_fast.engine.compile import compile_blocks
 from osp_fast.errors import UserError
@@ -32,106 +23,141 @@ SMALL = DiTConfig(
 )
 CASE = Case(Bucket(1, 32, 48), clips=2, text_tokens=4)
 RELEASED = DIT_CONFIGS["OpenSoraT2V_v1_3-2B/122"]
+LIMITS = Ceilings(1e12, 1e10)
+NAMES = ["osp_fast", "reference", "strong"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Few steps, and graphs as they are traced."""
-    monkeypatch.setattr(bench_train, "PIECES", 1)
-    monkeypatch.setattr(bench_train, "PIECE_S", 0.0)
-    monkeypatch.setattr(bench_train, "WARM_STEPS", 0)
-    monkeypatch.setattr(bench_train, "TURNS", 1)
-    as_traced = lambda dit, buckets: compile_blocks(dit, buckets, lambda graph, inputs: graph.forward)  # noqa: E731
-    monkeypatch.setattr(train_steps, "compile_blocks", as_traced)
+def one_millisecond(contestants, device, effort):
+    """A timer that runs each once, and says that the first took a millisecond, the second two, and so on."""
+    for one in contestants:
+        with one.around():
+            one.calls[0]()
+    return {one.name: Timing([[float(place)]]) for place, one in enumerate(contestants, 1)}
 
 
-def test_all_implementations_take_the_same_step(monkeypatch, capsys):
+def measured(timer=one_millisecond, lines=None, config=SMALL):
+    given = {} if timer is None else {"timer": timer}
+    say = (lines if lines is not None else []).append
+    rows = list(measure_case(config, CASE, Setting(CPU, LIMITS, say, **given)))
+    complete_case(rows, LIMITS)
+    return rows
+
+
+def test_the_implementations_of_a_gpu_take_the_same_step(monkeypatch):
+    """Ours interpreted, blocks as they are traced, and each with its own plan of what is recomputed."""
     plan, budgets = train_steps.plan_activations, []
 
     def without_limit(config, workload, budget, *more):
-        budgets.append(budget)
+        budgets.append((workload.attention, budget))
         return plan(config, workload, None, *more)
 
+    as_traced = lambda dit, buckets: compile_blocks(dit, buckets, lambda graph, inputs: graph.forward)  # noqa: E731
+    monkeypatch.setattr(bench_dits, "compile_blocks", as_traced)
     monkeypatch.setattr(train_steps, "plan_activations", without_limit)
-    rows = [measure_row(one, SMALL, CASE, CPU, bf16=False) for one in ON_GPU]
-    assert [row["implementation"] for row in rows] == [OURS, "torch.compile, best SDPA", "reference path"]
-    assert all(row["seconds"] > 0 and row["grad_norm"] > 0 for row in rows)
-    compare_first_steps(rows, TOLERANCE[False])
-    assert all(row["ok"] for row in rows) and rows[2]["rel_err"] == 0 < rows[0]["rel_err"]
-    assert len(budgets) == 2 and budgets[0] > 0  # of the two that recompute no more than they must
-    assert "activations: " in rows[0]["chosen"][0] and rows[0]["chosen"][0] in capsys.readouterr().out
-    assert rows[0]["tokens_per_second"] == 2 * 2 * 3 / rows[0]["seconds"]
-    table = train_table(rows)
-    assert "times ours" in table and "reference path" in table and "WRONG" not in table
+    monkeypatch.setattr(train, "ON_CPU", ON_GPU)
+    lines = []
+    rows = measured(lines=lines)
+    assert [(row.impl, row.role) for row in rows] == [(name, name.replace("osp_fast", "ours")) for name in NAMES]
+    assert all(row.ok and 0 < row.rel_err < 1e-5 for row in rows) and [row.ms for row in rows] == [1, 2, 3]
+    assert rows[0].vs == {"reference": 2, "strong": 3} and rows[0].dtype == "float32"
+    assert [name for name, _ in budgets] == ["triton", "sdpa"] and budgets[0][1] > 0
+    assert rows[0].note.startswith("activations: ") and rows[0].note in lines[0] and rows[1].note == ""
+    figures = rows[0].figures
+    assert figures["tokens_per_second"] == 2 * 2 * 3 / 1e-3 and figures["steps_per_s"] == 1e3 and "mfu" not in figures
+    assert figures["loss"] == pytest.approx(rows[1].figures["loss"], rel=1e-5) and figures["grad_norm"] > 0
+    assert len({(row.flops, row.moved) for row in rows}) == 1 and rows[0].flops == CASE.model_flops(SMALL)
 
 
-@pytest.mark.parametrize("mode", ["full", "single", "group"])
-def test_attention_with_a_mask(mode):
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 13, 2, 8, generator=generator) for _ in range(3))
-    mask = torch.arange(13).expand(2, -1) < 11
-    for given in (None, mask):
-        expected = skiparse_attention_ref(q, k, v, mode, 2, given)
-        torch.testing.assert_close(masked_attention(q, k, v, mode, 2, given), expected)
+def test_turns_on_a_cpu(monkeypatch):
+    """With the real clock: a slow one is slower."""
+    monkeypatch.setitem(train.EFFORT, "cpu", Effort(2, 0.0, 2, 0.0))
+    step = UpstreamStep.__call__
+
+    def slow(self, batch):
+        results = [step(self, batch) for _ in range(8)]
+        return results[0]
+
+    monkeypatch.setattr(UpstreamStep, "__call__", slow)
+    rows = measured(timer=None)
+    assert [row.impl for row in rows] == [*NAMES, "plain loop"] and rows[3].role == "peer"
+    assert all(row.ok and row.ms > 0 for row in rows) and rows[0].vs["reference"] > 2
 
 
-def test_turns_on_the_cpu():
-    rows = measure_in_turns(SMALL, CASE)
-    compare_first_steps(rows, TOLERANCE[False])
-    assert [row["implementation"] for row in rows] == [OURS, "plain loop"]
-    assert all(row["ok"] and row["seconds"] > 0 and row["mfu"] is None for row in rows)
+def test_the_original_trains_in_bfloat16_with_float32_masters():
+    """The first step as exact as bfloat16 is; steps too small for a bfloat16 weight are not lost."""
+    expected = exact_step(SMALL, CASE, CPU)
+    reference = ON_CPU[1]
+    assert reference.step is UpstreamStep and reference.recomputed == "everything"
+    dit = make_dit(SMALL, CPU)
+    before = dit.proj_out.weight.detach().clone()
+    with reference.around():
+        step = prepare_step(reference, dit, CASE, True, print).step
+        found = step(CASE.make_batch(SMALL, CPU))
+        assert {parameter.dtype for parameter in dit.parameters()} == {torch.bfloat16}
+        assert 1e-5 < float(((found - expected) / expected).abs().max()) < train.TOLERANCE["cuda"]
+        step(CASE.make_batch(SMALL, CPU))
+    master = next(x for x in step._masters if x.shape == before.shape)
+    assert 0 < (master - before).abs().max() < 3e-4  # of two steps
+    assert torch.equal(dit.proj_out.weight, master.bfloat16()) and dit.proj_out.weight.grad is None
 
 
-def test_another_first_step_is_told(monkeypatch):
+def test_another_first_step_is_told_and_not_timed(monkeypatch):
     loss = train_steps.DenoisingLoss.__call__
     monkeypatch.setattr(train_steps.DenoisingLoss, "__call__", lambda self, batch: 1.01 * loss(self, batch))
-    rows = measure_in_turns(SMALL, CASE)
-    compare_first_steps(rows, TOLERANCE[False])
-    assert not rows[0]["ok"] and rows[0]["note"].startswith("WRONG: first loss ") and rows[1]["ok"]
+    ours, *others = measured()
+    assert not ours.ok and ours.ms is None and ours.vs == {} and ours.rel_err == pytest.approx(0.01, rel=1e-3)
+    assert ours.note.startswith("WRONG, not timed: first loss ") and [row.ms for row in others] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("fault, words", [(torch.OutOfMemoryError("CUDA"), "out of memory"), (UserError("no"), "no")])
-def test_what_does_not_fit_is_a_row(monkeypatch, fault, words):
+@pytest.mark.parametrize(
+    "fault, words",
+    [(torch.OutOfMemoryError("CUDA"), "out of memory"), (UserError("no"), "no"), (RuntimeError("x"), "FAILED: x")],
+)
+def test_what_does_not_run_says_why(monkeypatch, fault, words):
     def full(*given):
         raise fault
 
-    monkeypatch.setattr(train_steps, "plan_activations", full)
-    rows = [measure_row(one, SMALL, CASE, CPU, bf16=False) for one in ON_GPU]
-    compare_first_steps(rows, TOLERANCE[False])
-    assert [row["note"] for row in rows] == [words, words, ""] and [row["ok"] for row in rows] == [False, False, True]
-    assert words in train_table(rows)
+    monkeypatch.setattr(train_steps, "build_optimizer", full)
+    ours, *others = measured()
+    assert ours.note == words and not ours.ok and ours.ms is None and all(row.ok for row in others)
+
+    def timer(contestants, device, effort):
+        return {one.name: fault for one in contestants}
+
+    others = measured(timer)[1:]
+    assert [row.note for row in others] == [words.removeprefix("FAILED: ")] * 3 and not any(row.ok for row in others)
 
 
-def test_results_are_written_beside_those_of_operations(tmp_path, monkeypatch, capsys):
-    measure = bench_train.measure_row
-    monkeypatch.setattr(bench_train, "require_cuda", lambda command: CPU)
-    monkeypatch.setattr(bench_train, "ON_GPU", ON_CPU)
-    monkeypatch.setattr(bench_train, "measure_row", lambda one, config, *given: measure(one, SMALL, *given, False))
-    assert run_train(["1x32x32"], False, tmp_path) == 0
-    (path,) = tmp_path.rglob("*.json")
-    assert path.name == "train-001.json" and read_result(path)["rows"][0]["case"] == "1x32x32"
-    assert run_compare(path, path, 0.05) == 0 and latest_runs(tmp_path) == {}
-    assert "written to" in capsys.readouterr().out
-    assert json.loads(path.read_text())["model"] == "OpenSoraT2V_v1_3-2B/122"
-    monkeypatch.setattr(bench_train, "measure_in_turns", lambda config, case: [measure(ON_CPU[0], SMALL, CASE, CPU)])
-    assert main(["train", "--tiny", "--json", str(tmp_path)]) == 0
-    assert read_result(path.with_name("train-002.json"))["environment"]["threads"] == torch.get_num_threads()
+def test_what_does_not_fit_in_float32_is_checked_shorter(monkeypatch):
+    def exact(config, case, device):
+        if case.size.frames > 1:
+            raise torch.OutOfMemoryError("no")
+        return exact_step(config, case, device)
+
+    monkeypatch.setattr(train, "exact_step", exact)
+    rows = list(
+        measure_case(SMALL, replace(CASE, size=Bucket(5, 32, 48)), Setting(CPU, LIMITS, print, one_millisecond))
+    )
+    assert all(row.ok and row.note == "checked at 2 x 1x32x48, as float32 takes too much memory here" for row in rows)
+    assert rows[0].shape["frames"] == 5
 
 
-def test_flops_and_sizes_of_cases():
-    """338 TFLOP forward of 93x640x640, times three."""
-    case = parse_case("93x640x640")
+def test_jobs_without_a_gpu():
+    found = {job.case: job.seconds for job in jobs(Options("cuda"))}
+    assert next(iter(found)) == "93x640x640" and {"93x352x640", "93x720x1280", "1x640x640"} < set(found)
+    assert 60 < found["1x640x640"] < found["29x352x640"] < found["93x352x640"] < found["93x640x640"] < 300
+    (tiny,) = jobs(Options("cpu"))
+    assert tiny.case == "16 x 17x64x64" and tiny.seconds < 30
+    for device, name in (("cuda", "5x32x48"), ("cpu", "16 x 5x32x48")):
+        assert [job.case for job in jobs(Options(device, sizes=(Bucket(5, 32, 48),)))] == [name]
+        with pytest.raises(UserError, match="--size 5x30x32"):
+            jobs(Options(device, sizes=(Bucket(5, 30, 32),)))
+
+
+def test_flops_and_prediction():
+    """338 TFLOP forward of 93x640x640, times three; a step at 40 to 55 % of an H100's peak."""
+    case = Case(Bucket(93, 640, 640))
     assert case.video_tokens(RELEASED) == 38_400 and case.latent_size == (24, 80, 80)
     assert abs(case.model_flops(RELEASED) / 1e12 - 3 * 338) < 10
-    assert [str(parse_case(text)) for text in TRAIN_CASES] == list(TRAIN_CASES)
-
-
-def test_bad_cases_and_no_gpu_end_in_a_sentence():
-    for text in ("93", "4x32x32", "5x30x32", "5x32x40"):
-        with pytest.raises(UserError, match="--case"):
-            main(["train", "--case", text])
-    with pytest.raises(UserError, match="--tiny measures the tiny preset's own size: leave --case out"):
-        main(["train", "--tiny", "--case", "1x32x32"])
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="bench train .*needs an NVIDIA GPU"):
-            main(["train", "--json", "nowhere"])
+    assert 1e15 / 989e12 / 0.55 < train._step_seconds(RELEASED, case, None, bench_dits.H100) < 1e15 / 989e12 / 0.4
+    assert train.weights_of(RELEASED) == pytest.approx(2.8e9, rel=0.05)
