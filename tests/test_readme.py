@@ -1,5 +1,6 @@
 """The README's commands and flags are real."""
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from bench.__main__ import _parser
 from osp_fast.cli import reconstruct_parser, sample_parser, serve_parser, train_parser
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
+OF_PYTEST = {"--benchmark-only"}
 OF_TORCHRUN = {"--nproc-per-node", "--max-restarts", "--shutdown-timeout", "--signals-to-handle"}
 
 
@@ -20,6 +23,17 @@ def commands() -> list[str]:
     blocks = re.findall(r"```(?:\w*)\n(.*?)```", README, flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if line.startswith("python -m osp_fast.")]
+
+
+def bench_parsers() -> list[argparse.ArgumentParser]:
+    """Of each of its commands."""
+    (commands,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return list(commands.choices.values())
+
+
+@pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("python -m bench ")])
+def test_commands_of_the_bench_are_accepted(line):
+    assert _parser().parse_args(shlex.split(line, comments=True)[3:]).command
 
 
 def test_there_are_commands():
@@ -40,7 +54,8 @@ def test_every_flag_that_is_mentioned_exists():
         for flag in parser._option_string_actions
     }
     known |= {"--json"}  # osp_fast.inspect's own, see tests/test_inspect.py
-    known |= OF_TORCHRUN
+    known |= {flag for parser in bench_parsers() for flag in parser._option_string_actions}
+    known |= OF_TORCHRUN | OF_PYTEST
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", README))
     assert len(mentioned) > 40 and mentioned <= known, mentioned - known
 

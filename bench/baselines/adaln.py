@@ -1,4 +1,4 @@
-"""The reference, eager and compiled, and others' norms where they are the same mathematics.
+"""The original code's operations, torch.compile of our reference, and others' norms where they compute the same.
 
 For one sample norm(x) * (1 + scale) + shift is a norm with the weight 1 + scale and the bias shift: that is what
 Liger-Kernel's LayerNorm and QuACK's norms are given. Liger-Kernel's modulated RMSNorm takes scale and shift. Sums and
@@ -8,6 +8,7 @@ gradients for the tables are left out, in their favour.
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from osp_fast.kernels.adaln_spec import reference
 from torch import Tensor
 
@@ -15,13 +16,42 @@ from bench.baselines import PEER, Baseline, Unavailable, compiled_reference, eag
 
 
 def baselines() -> tuple[Baseline, ...]:
-    """The reference in two ways, Liger-Kernel and QuACK."""
+    """The original's, the compiled reference, which computes in float32 as we do, Liger-Kernel and QuACK."""
     return (
-        eager_reference(reference),
+        eager_reference(original),
         compiled_reference(reference),
         Baseline("Liger-Kernel", PEER, bind_liger),
         Baseline("QuACK", PEER, bind_quack),
     )
+
+
+def original(
+    x: Tensor,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_table: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+    norm: str = "layer",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One operation after another in x's type: gate, add, norm, scale, shift."""
+    if y is not None:
+        x = x + (y if gate is None else (gate + gate_table)[:, None] * y)
+    if shift is None:
+        return x
+    normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps) if norm == "layer" else _rms_norm(x, weight, bias, eps)
+    out = normed * (1 + (scale + scale_table)[:, None]) + (shift + shift_table)[:, None]
+    return out if y is None else (x, out)
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    normed = F.rms_norm(x, x.shape[-1:], weight, eps)
+    return normed if bias is None else normed + bias
 
 
 def bind_liger(inputs: dict[str, Any]) -> tuple[Callable[[], Tensor], list[Tensor]]:

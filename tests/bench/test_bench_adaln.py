@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from osp_fast.kernels.adaln_spec import SHAPES, SPEC, make_inputs
 
+from bench.accuracy import named
 from bench.baselines import Unavailable
-from bench.baselines.adaln import baselines
+from bench.baselines.adaln import baselines, original
 
 
 def inputs_of(form, batch=1, **other):
@@ -52,6 +53,14 @@ def packages(monkeypatch):
         "quack.rmsnorm": {"rmsnorm": rms_norm, "layernorm_fwd": layer_norm},
     }.items():
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**contents))
+
+
+def test_the_original_computes_every_form():
+    for shape in SPEC.small:
+        inputs = SPEC.make_inputs(device="cpu", dtype=torch.float64, seed=0, **shape.sizes)
+        expected, found = named(SPEC.reference(**inputs)), named(original(**inputs))
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(x, expected[name]) for name, x in found.items()), shape.name
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])

@@ -6,11 +6,11 @@ import importlib.util
 
 import pytest
 import torch
-from osp_fast.kernels import channel_norm_spec
+from osp_fast.kernels import channel_norm_spec, rope3d_spec
 from osp_fast.kernels.spec import Shape
 
 from bench.accuracy import named
-from bench.baselines import Unavailable, baselines_of, compiled_reference, eager_reference
+from bench.baselines import Unavailable, baselines_of, compiled_reference, eager_reference, rope3d
 from bench.measure import Effort, time_in_turns
 from bench.results import H100, Ceilings
 from bench.suites import Setting, kernels
@@ -95,3 +95,10 @@ def test_the_baselines_of_the_channel_norm():
         if silu or importlib.util.find_spec("liger_kernel") is None:
             with pytest.raises(Unavailable, match=reason):
                 baselines["Liger-Kernel"].bind(inputs)
+
+
+def test_the_original_rotation_is_ours():
+    for shape in rope3d_spec.SPEC.small:
+        inputs = rope3d_spec.SPEC.make_inputs(device=CPU, dtype=torch.float32, seed=0, **shape.sizes)
+        expected, found = rope3d_spec.SPEC.reference(**inputs), rope3d.original(**inputs)
+        assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(found, expected, strict=True)), shape.name
