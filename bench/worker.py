@@ -84,7 +84,7 @@ class Worker:
     def _start(self) -> dict[str, Any]:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, *self._arguments))
         self._process.start()
         theirs.close()
         return self._receive(time.monotonic() + START_SECONDS, "the first answer of its process")
