@@ -41,12 +41,14 @@ class Effort:
 
     rounds: turns of each implementation
     seconds, fewest: of running, and runs, that each gets at least over all rounds; warm_seconds: of running before
+    most: runs at most, of calls so short that overwriting the cache takes longer
     """
 
     rounds: int = 5
     seconds: float = 0.4
     fewest: int = 10
     warm_seconds: float = 0.05
+    most: int = 2000
 
 
 BRIEF = Effort()
@@ -123,8 +125,9 @@ def time_in_turns(
         for call in one.calls:
             call()
         once = min(clock.run(one.calls[:1] * 2)) / 1e3
-        clock.run([next(turns[one.name]) for _ in range(math.ceil(effort.warm_seconds / max(once, 1e-6)))])
-        wanted = max(effort.fewest, math.ceil(effort.seconds / max(once, 1e-6)))
+        warming, wanted = (math.ceil(seconds / max(once, 1e-6)) for seconds in (effort.warm_seconds, effort.seconds))
+        clock.run([next(turns[one.name]) for _ in range(min(warming, effort.most))])
+        wanted = min(max(effort.fewest, wanted), effort.most)
         runs[one.name] = max(1, math.ceil(wanted / effort.rounds))
         timings[one.name] = Timing()
 

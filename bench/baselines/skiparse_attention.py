@@ -76,25 +76,27 @@ def as_written(name: str, make_attend: MakeAttend, role: str = PEER) -> Baseline
 
 def compiled_best() -> Baseline:
     """Gather and scatter compiled around the first SDPA of cuDNN, flash and memory-efficient that takes the call."""
+    function = compiled(_gather_attend_scatter)
 
     def bind(inputs: dict[str, Any]) -> tuple[Callable[[], Tensor], list[Tensor]]:
         forget_compiled()
-        skip, attend = skip_of(inputs), _bind_mask(_plain_sdpa, inputs)
+        skip, visible = skip_of(inputs), visible_keys(inputs)
         leaves = [inputs[key] for key in "qkv"]
-
-        def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = attend(*(gather(x, *skip).transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-            return scatter(out, *skip, *q.shape[:2])
-
-        function = compiled(written)
+        mask = None if visible is None else visible[:, None, None, :]
 
         def call() -> Tensor:
             with sdpa_kernel(list(BACKENDS.values()), set_priority=True):
-                return function(*leaves)
+                return function(*leaves, mask, *skip)
 
         return call, leaves
 
     return Baseline(STRONG, STRONG, bind, compiled=True)
+
+
+def _gather_attend_scatter(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, mode: str, sparse_n: int) -> Tensor:
+    sets = (gather(x, mode, sparse_n).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*sets, attn_mask=mask).transpose(1, 2)
+    return scatter(out, mode, sparse_n, *q.shape[:2])
 
 
 def gathered(name: str, make_attend: MakeAttend) -> Baseline:
@@ -190,22 +192,17 @@ def sdpa(backend: SDPBackend, queries: int, visible: Tensor | None) -> Attend:
     return explain
 
 
-def _plain_sdpa(queries: int, visible: Tensor | None) -> Attend:
-    """scaled_dot_product_attention, whichever backend serves it; inside of a graph there is nothing to explain."""
-    mask = None if visible is None else visible[:, None, None, :].expand(-1, -1, queries, -1)
-    return functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
-
-
 def with_additive_mask(queries: int, visible: Tensor | None) -> Attend:
     """Memory-efficient SDPA with an additive mask in the type of q, (S, 1, 1, M), broadcast over heads and queries.
 
-    It is there even if all is visible. Its rows begin at multiples of 8 numbers, as that kernel wants them.
+    It is there even if all is visible. Its rows begin at multiples of 16 numbers: PyTorch would copy others, and for
+    every query.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys = k.shape[2]
         if not held:
-            mask = q.new_zeros((len(q), 1, 1, keys + -keys % 8))[..., :keys]
+            mask = q.new_zeros((len(q), 1, 1, keys + -keys % 16))[..., :keys]
             held.append(mask if visible is None else mask.masked_fill_(~visible[:, None, None], float("-inf")))
         with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if q.is_cuda else SDPBackend.MATH):
             mask = held[0].expand(-1, q.shape[1], queries, -1)

@@ -72,6 +72,12 @@ def test_long_calls_run_few_times():
     assert len(calls) == 1 + 2 + 2 and len(found["a"].turns) == 2  # first, to know how long it takes, and turns
 
 
+def test_short_calls_do_not_run_forever():
+    calls = []
+    found = time_in_turns([Contestant("a", [lambda: calls.append(1)])], CPU, Effort(2, 1e6, 2, 1e6, most=10))
+    assert len(calls) == 1 + 2 + 10 + 10 and sum(map(len, found["a"].turns)) == 10
+
+
 def test_ceilings_count_both_ways_of_a_copy(monkeypatch):
     monkeypatch.setattr(measure, "COPY_BYTES", {"cpu": 1 << 10})
     monkeypatch.setattr(measure, "MATMUL_SIZE", {"cpu": 8})
