@@ -17,6 +17,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=[*find_packages(include=["osp_fast", "osp_fast.*"]), "osp_fast.kernels"],
+    package_data={"osp_fast": ["assets/tiny/*", "assets/tiny/*/*"]},
     package_dir={"osp_fast.kernels": "kernels"},
     install_requires=[
         "torch>=2.11",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.accuracy import relative_error
-from bench.suites.data_cache import encoder_of, filled_cache
+from bench.suites.data_cache import embedded_encoder, filled_cache
 from bench.suites.data_readers import Source, Task, exact_pixels, readers, write_source
 from osp_fast.data.buckets import Bucket
 
@@ -38,7 +38,7 @@ def test_read_cache(task, tmp_path, benchmark):
 
 
 def test_encode_text(task, tmp_path, benchmark):
-    encode = encoder_of(tmp_path, task.caption, 64, CPU)
+    encode = embedded_encoder(64, CPU)
     states, mask = benchmark(lambda: encode([task.caption]))
     real = mask[0].bool()
     encode.max_length = int(real.sum())  # without padding

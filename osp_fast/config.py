@@ -6,6 +6,7 @@ same name. Values that depend on each other are checked in `checks.py`.
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -325,6 +326,7 @@ class ReconstructConfig:
 
 
 TINY_FOLDER = "tiny"
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "tiny"  # folders dit, vae, text_encoder
 
 # What `--preset NAME` sets; a flag on the command line wins over it.
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
@@ -338,10 +340,10 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
         group_data=True,
         dataloader_num_workers=2,
         model="tiny",
-        text_encoder_name_1=f"{TINY_FOLDER}/text_encoder",
+        text_encoder_name_1=str(EMBEDDED_MODEL / "text_encoder"),
         model_max_length=16,
         ae="tiny",
-        ae_path=f"{TINY_FOLDER}/vae",
+        ae_path=str(EMBEDDED_MODEL / "vae"),
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         learning_rate=2e-3,
@@ -358,11 +360,11 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
 }
 SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        model_path=f"{TINY_FOLDER}/run",
-        text_encoder_name_1=f"{TINY_FOLDER}/text_encoder",
+        model_path=str(EMBEDDED_MODEL / "dit"),
+        text_encoder_name_1=str(EMBEDDED_MODEL / "text_encoder"),
         max_sequence_length=16,
         ae="tiny",
-        ae_path=f"{TINY_FOLDER}/vae",
+        ae_path=str(EMBEDDED_MODEL / "vae"),
         num_sampling_steps=20,
         guidance_scale=2.5,
         negative_prompt="",  # what the model has seen in place of dropped captions

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from osp_fast.assets.build import ensure_tiny
+from osp_fast.assets.shapes import ensure_data
 from osp_fast.cli import parse_train, train_parser
-from osp_fast.config import TINY_FOLDER, TrainConfig
+from osp_fast.config import TrainConfig
 from osp_fast.data.buckets import load_plan
 from osp_fast.data.cache_shards import locked
 from osp_fast.data.identity import Identities
@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, _ = parse_train(argv, train_parser("osp_fast.encode"))
     if not config.data.latent_cache:
         raise UserError("--latent_cache is missing: name the folder that latents and text states go to")
-    if config.run.preset == "tiny":
-        ensure_tiny(TINY_FOLDER)
+    ensure_data(config.data.data)
     code = encode(config, share_of_process())
     if code:
         sys.exit(code)

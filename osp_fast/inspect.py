@@ -8,9 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from osp_fast.assets.build import ensure_tiny
+from osp_fast.assets.shapes import ensure_data
 from osp_fast.cli import parse_train, train_parser
-from osp_fast.config import TINY_FOLDER
 from osp_fast.data.buckets import Plan, by_count, load_plan
 from osp_fast.errors import UserError, run_entry_point
 
@@ -23,8 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = train_parser("osp_fast.inspect")
     parser.add_argument("--json", metavar="OUT", help="write the kept entries and the drops by reason to this file")
     config, extra = parse_train(argv, parser)
-    if config.run.preset == "tiny":
-        ensure_tiny(TINY_FOLDER)
+    ensure_data(config.data.data)
     plan = load_plan(config.data, config.run.seed, report=lambda line: print(line, file=sys.stderr, flush=True))
     print(format_plan(plan))
     if extra.json is not None:

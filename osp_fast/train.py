@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from osp_fast.assets.build import ensure_tiny
+from osp_fast.assets.shapes import ensure_data
 from osp_fast.cli import parse_train
-from osp_fast.config import TINY_FOLDER, RunConfig, TrainConfig, as_dict
+from osp_fast.config import RunConfig, TrainConfig, as_dict
 from osp_fast.data.buckets import Plan, load_plan
 from osp_fast.data.dataset import ClipLoader
 from osp_fast.data.latent_cache import LatentCache
@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_sp_size(config.run.sp_size, Ranks.from_environment().size)
     with open_world(config.run.device, config.run.start_timeout, longest_wait(config.run), say) as world:
         with world.together():
-            if config.run.preset == "tiny" and world.ranks.local_rank == 0:
-                ensure_tiny(TINY_FOLDER)
+            if world.ranks.local_rank == 0:
+                ensure_data(config.data.data)
         code = train(config, world)
     if code:
         sys.exit(code)

@@ -223,7 +223,6 @@ def test_newest_checkpoint_of_a_run(flags, models, capsys):
         (dict(text_prompt=["a", " "]), "prompt number 2 is empty"),
         (dict(text_prompt=["\u4e00"]), "is empty after cleaning"),
         (dict(save_img_path="empty.txt"), "--save_img_path .*empty.txt cannot be written to"),
-        (dict(preset="tiny", model_path="tiny/run"), "train --preset tiny first"),
     ],
 )
 def test_mistakes_end_in_one_sentence(flags, models, tmp_path, monkeypatch, changes, words):

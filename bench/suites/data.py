@@ -106,10 +106,10 @@ def measure_decode(case: str, task: Task, setting: Setting) -> list[Row]:
 @torch.no_grad()
 def measure_cache(case: str, task: Task, setting: Setting) -> list[Row]:
     """What training gets of a clip, moments and text states: from a cache, or computed live."""
-    from bench.suites.data_cache import encoder_of, filled_cache
+    from bench.suites.data_cache import embedded_encoder, filled_cache
 
     device, folder = setting.device, task.file.parent
-    vae, texts = make_vae("tiny", device, torch.float32), encoder_of(folder, task.caption, TEXT_TOKENS, device)
+    vae, texts = make_vae("tiny", device, torch.float32), embedded_encoder(TEXT_TOKENS, device)
     stock = StockEncoder(vae, channels_last=False)
     exact = StockEncoder(vae.cpu() if device == CPU else make_vae("tiny", CPU, torch.float32), channels_last=False)
     with exact_float32():

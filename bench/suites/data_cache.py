@@ -6,21 +6,18 @@ import torch
 from torch import Tensor
 
 from bench.suites.data_readers import Task
-from osp_fast.assets.build import save_text_encoder
+from osp_fast.config import EMBEDDED_MODEL
 from osp_fast.data.cache_shards import ShardWriter
 from osp_fast.data.identity import Identities
 from osp_fast.data.latent_cache import SHARDS, LatentCache, caption_key, clip_key, clip_record, text_record
 from osp_fast.models.text_encoder import TextEncoder
-from osp_fast.models.transformers_folder import quiet_transformers
 
 NEIGHBOURS = 63  # other clips and captions of the same shard, as in a data set
 
 
-def encoder_of(folder: Path, caption: str, tokens: int, device: torch.device) -> TextEncoder:
-    """A random T5 whose tokenizer knows the caption's words."""
-    with quiet_transformers():
-        save_text_encoder(folder / "text_encoder", [caption])
-    return TextEncoder.from_pretrained(folder / "text_encoder", torch.float32, device, tokens)
+def embedded_encoder(tokens: int, device: torch.device) -> TextEncoder:
+    """The tiny text encoder, in float32; texts are padded to so many tokens."""
+    return TextEncoder.from_pretrained(EMBEDDED_MODEL / "text_encoder", torch.float32, device, tokens)
 
 
 def filled_cache(folder: Path, task: Task, moments: Tensor, text: Tensor) -> LatentCache:

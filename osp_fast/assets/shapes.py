@@ -7,6 +7,9 @@
     shapes/images/
     generated.json     the arguments; written last, so that it marks a finished folder
 
+A kind is what a caption says: colour, shape, motion and background. Some kinds are held out, for judging a model by
+what it never saw (`HELD_OUT`).
+
 Every picture is drawn from a formula: a shape's edge is where its signed distance is 0, and coverage falls from 1 to 0
 over one pixel around it, which smooths edges and makes motion by less than a pixel visible.
 """
@@ -17,12 +20,14 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from osp_fast.config import TRAIN_PRESETS
 from osp_fast.data.write import write_image, write_video
 from osp_fast.errors import UserError
 from osp_fast.seeding import python_random
@@ -36,13 +41,22 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 BACKGROUNDS = {"dark blue": (16, 24, 72), "black": (0, 0, 0), "grey": (112, 112, 112)}
-# motion -> (caption, direction as (column, row))
+
+
+class Motion(NamedTuple):
+    """In words, and as (column, row)."""
+
+    moves: str
+    moving: str
+    direction: tuple[int, int]
+
+
 MOTIONS = {
-    "right": ("moves to the right", (1, 0)),
-    "left": ("moves to the left", (-1, 0)),
-    "up": ("moves up", (0, -1)),
-    "down": ("moves down", (0, 1)),
-    "still": ("stays still", (0, 0)),
+    "right": Motion("moves to the right", "moving to the right", (1, 0)),
+    "left": Motion("moves to the left", "moving to the left", (-1, 0)),
+    "up": Motion("moves up", "moving up", (0, -1)),
+    "down": Motion("moves down", "moving down", (0, 1)),
+    "still": Motion("stays still", "standing still", (0, 0)),
 }
 RADIUS = (0.14, 0.2)  # of a shape, as a part of the picture's side
 TRAVEL = (0.3, 0.45)  # of a moving shape from first to last frame, as a part of the picture's side
@@ -75,55 +89,96 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 }
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What a clip shows. Lengths are parts of the picture's side; `start` is (column, row) of the shape's centre."""
+# Not everybody says it in the same words; of an entry's captions one is drawn each time.
+CLIP_CAPTIONS = (
+    "a {colour} {shape} {moves} on a {background} background",
+    "{colour} {shape} {moving}, {background} background",
+    "on a {background} background, a {colour} {shape} {moves}",
+    "a {shape} in {colour} that {moves} in front of {background}",
+)
+PICTURE_CAPTIONS = (
+    "a {colour} {shape} on a {background} background",
+    "{colour} {shape}, {background} background",
+    "on a {background} background, a {colour} {shape}",
+    "a {shape} in {colour} in front of {background}",
+)
+
+
+class Kind(NamedTuple):
+    """What a caption says of a clip: names in COLOURS, SHAPES, MOTIONS and BACKGROUNDS."""
 
     colour: str
     shape: str
     motion: str
     background: str
+
+
+KINDS = tuple(itertools.starmap(Kind, itertools.product(COLOURS, SHAPES, MOTIONS, BACKGROUNDS)))
+
+
+def _held_out() -> tuple[Kind, ...]:
+    """Every pair of colour and motion once, shapes and backgrounds in turn: all names occur, about equally often."""
+    shapes, backgrounds = tuple(SHAPES), tuple(BACKGROUNDS)
+    pairs = itertools.product(enumerate(COLOURS), enumerate(MOTIONS))
+    return tuple(
+        Kind(colour, shapes[(i + j) % len(shapes)], motion, backgrounds[(i - j) % len(backgrounds)])
+        for (i, colour), (j, motion) in pairs
+    )
+
+
+HELD_OUT = _held_out()
+TRAINED = tuple(kind for kind in KINDS if kind not in HELD_OUT)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows. Lengths are parts of the picture's side; `start` is (column, row) of the shape's centre."""
+
+    kind: Kind
     radius: float
     travel: float
     start: tuple[float, float]
 
     @classmethod
-    def draw(cls, number: int, seed: int) -> "Scene":
-        """Scene `number`: colours, shapes, motions and backgrounds in a shuffled order that repeats none early."""
-        kinds = list(itertools.product(COLOURS, SHAPES, MOTIONS, BACKGROUNDS))
-        python_random("shapes order", seed).shuffle(kinds)
-        colour, shape, motion, background = kinds[number % len(kinds)]
+    def draw(cls, number: int, seed: int, kinds: Sequence[Kind] = TRAINED) -> "Scene":
+        """Scene `number`: the kinds in a shuffled order, each once before the first comes again."""
+        order = list(kinds)
+        python_random("shapes order", seed).shuffle(order)
+        kind = order[number % len(order)]
         draw = python_random("shape", seed, number)
         radius, travel = draw.uniform(*RADIUS), draw.uniform(*TRAVEL)
         margin = 1.2 * radius  # the reach of a triangle
         start = []
-        for direction in MOTIONS[motion][1]:
+        for direction in MOTIONS[kind.motion].direction:
             low = margin + max(0, -direction) * travel
             high = 1 - margin - max(0, direction) * travel
             start.append(draw.uniform(low, high))
-        return cls(colour, shape, motion, background, radius, travel, (start[0], start[1]))
-
-    def caption(self, moving: bool) -> str:
-        """What can be seen, in words; `moving` tells of the motion too."""
-        motion = f" {MOTIONS[self.motion][0]}" if moving else ""
-        return f"a {self.colour} {self.shape}{motion} on a {self.background} background"
+        return cls(kind, radius, travel, (start[0], start[1]))
 
     def frames(self, count: int, size: int) -> np.ndarray:
         """The clip, uint8 (count, size, size, 3): the shape covers its distance at constant speed."""
+        kind = self.kind
         time = np.linspace(0, 1, count)[:, None, None] if count > 1 else np.zeros((1, 1, 1))
         x0, y0 = (
             (start + direction * self.travel * time) * size
-            for start, direction in zip(self.start, MOTIONS[self.motion][1], strict=True)
+            for start, direction in zip(self.start, MOTIONS[kind.motion].direction, strict=True)
         )
         centres = np.arange(size) + 0.5
-        distance = SHAPES[self.shape](centres[None, None, :] - x0, centres[None, :, None] - y0, self.radius * size)
+        distance = SHAPES[kind.shape](centres[None, None, :] - x0, centres[None, :, None] - y0, self.radius * size)
         coverage = np.clip(0.5 - distance, 0, 1)[..., None]
-        colour, background = np.array(COLOURS[self.colour]), np.array(BACKGROUNDS[self.background])
+        colour, background = np.array(COLOURS[kind.colour]), np.array(BACKGROUNDS[kind.background])
         return np.round(background + coverage * (colour - background)).astype(np.uint8)
 
 
+def captions(kind: Kind, moving: bool = True) -> list[str]:
+    """What can be seen, in several ways to say it; `moving` tells of the motion too."""
+    motion = MOTIONS[kind.motion]
+    words = dict(kind._asdict(), moves=motion.moves, moving=motion.moving)
+    return [caption.format(**words) for caption in (CLIP_CAPTIONS if moving else PICTURE_CAPTIONS)]
+
+
 def generate_shapes(
-    folder: str | Path, clips: int = 270, images: int = 90, *, size: int = 64, frames: int = 33, seed: int = 0
+    folder: str | Path, clips: int = 240, images: int = 90, *, size: int = 64, frames: int = 33, seed: int = 0
 ) -> None:
     """Make the data set in `folder`, which is complete or absent at any time; a finished one is kept as it is.
 
@@ -131,7 +186,7 @@ def generate_shapes(
     bytes with the same versions of the libraries. Raises UserError if the folder holds anything else.
     """
     folder = Path(folder)
-    arguments = dict(clips=clips, images=images, size=size, frames=frames, seed=seed, version=1)
+    arguments = dict(clips=clips, images=images, size=size, frames=frames, seed=seed, version=2)
     mark = folder / "generated.json"
 
     def finished() -> bool:
@@ -154,6 +209,12 @@ def generate_shapes(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def ensure_data(data: str | None) -> None:
+    """Make the data set of `--preset tiny` if `--data` names it. Raises UserError if it cannot be written."""
+    if data == TRAIN_PRESETS["tiny"]["data"]:
+        generate_shapes(Path(data).parent)
+
+
 def _write_data_set(unfinished: Path, clips: int, images: int, size: int, frames: int, seed: int) -> None:
     """Everything but the mark that the folder is finished."""
     for kind in ("clips", "images"):
@@ -174,7 +235,7 @@ def _write_clip(folder: Path, number: int, scene: Scene, frames: int, size: int,
     path = f"clips/{number:04d}.mp4"
     write_video(folder / DATA_ROOT / path, scene.frames(frames, size), FPS)
     _report("clips", number + 1, total)
-    return {**_entry(path, scene.caption(moving=True), size), "num_frames": frames, "fps": FPS}
+    return {**_entry(path, captions(scene.kind), size), "num_frames": frames, "fps": FPS}
 
 
 def _write_picture(folder: Path, number: int, scene: Scene, size: int, total: int) -> dict:
@@ -182,12 +243,12 @@ def _write_picture(folder: Path, number: int, scene: Scene, size: int, total: in
     path = f"images/{number:04d}.jpg"
     write_image(folder / DATA_ROOT / path, scene.frames(1, size)[0])
     _report("images", number + 1, total)
-    return _entry(path, scene.caption(moving=False), size)
+    return _entry(path, captions(scene.kind, moving=False), size)
 
 
-def _entry(path: str, caption: str, size: int) -> dict:
+def _entry(path: str, texts: list[str], size: int) -> dict:
     # An aesthetic score in the middle: no sentence about it lengthens the caption.
-    return {"path": path, "cap": [caption], "resolution": {"height": size, "width": size}, "aesthetic": 5.0}
+    return {"path": path, "cap": texts, "resolution": {"height": size, "width": size}, "aesthetic": 5.0}
 
 
 def _report(kind: str, done: int, total: int) -> None:

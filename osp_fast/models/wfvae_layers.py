@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osp_fast.kernels.causal_conv3d import causal_conv3d, next_cache, serving_path
+from osp_fast.kernels.causal_conv3d import causal_conv3d, causal_conv3d_ref, next_cache, serving_path
 from osp_fast.kernels.causal_conv3d_launch import Stride
 from osp_fast.kernels.causal_conv3d_sums import sum_of_chunk
 from osp_fast.kernels.channel_norm import channel_norm
@@ -76,6 +76,9 @@ class CausalConv3d(nn.Module):
         if self._reads_in_place(pieces[0]):
             return self._in_place(pieces, state, residual, owned=pieces is x)
         conv, (x,) = self.conv, pieces
+        if self._learns_whole_clips(x, state):
+            out, _ = causal_conv3d_ref(x, conv.weight, conv.bias, conv.stride)
+            return out if residual is None else out + residual
         carry = None if state.first else state.kept.pop(self)
         out, carry = sum_of_chunk(x, conv.weight, conv.bias, Stride(*conv.stride[:2]), carry, state.last)
         if carry is not None:
@@ -87,6 +90,11 @@ class CausalConv3d(nn.Module):
     def _reads_in_place(self, x: Tensor) -> bool:
         conv = self.conv
         return serving_path(x.device, x.dtype, conv.in_channels, conv.out_channels, conv.kernel_size) == "triton"
+
+    def _learns_whole_clips(self, x: Tensor, state: ChunkState) -> bool:
+        """On a CPU PyTorch's own 3-D convolution takes 0.6 times as long with its backward as a sum of 2-D ones."""
+        differentiated = torch.is_grad_enabled() and (x.requires_grad or self.conv.weight.requires_grad)
+        return differentiated and x.device.type == "cpu" and state.first and state.last
 
     def _in_place(self, pieces: list[Tensor], state: ChunkState, residual: Tensor | None, owned: bool) -> Tensor:
         conv, cache, out, done = self.conv, state.kept.pop(self, None), None, 0

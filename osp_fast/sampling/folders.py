@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from osp_fast.config import SAMPLE_PRESETS, SampleConfig
+from osp_fast.config import SampleConfig
 from osp_fast.errors import UserError
 from osp_fast.models.lora_files import holds_lora
 from osp_fast.models.text_encoder import find_folder
@@ -29,8 +29,6 @@ def find_dit(config: SampleConfig) -> Path:
             f"--model_path {named} holds LoRA adapters only: give --lora {adapters}, and in --model_path the model that"
             " they were trained on"
         )
-    if config.model_path == SAMPLE_PRESETS["tiny"]["model_path"]:
-        raise UserError(f"there is no tiny model at {named} yet: run python -m osp_fast.train --preset tiny first")
     return find_folder(config.model_path, config.cache_dir)
 
 

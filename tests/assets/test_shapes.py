@@ -9,8 +9,21 @@ import shutil
 import numpy as np
 import pytest
 
-from osp_fast.assets.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, generate_shapes
-from osp_fast.config import DataConfig
+from osp_fast.assets.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    HELD_OUT,
+    KINDS,
+    MOTIONS,
+    SHAPES,
+    TRAINED,
+    Kind,
+    Scene,
+    captions,
+    ensure_data,
+    generate_shapes,
+)
+from osp_fast.config import TRAIN_PRESETS, DataConfig
 from osp_fast.data.annotations import read_entries
 from osp_fast.data.buckets import load_plan
 from osp_fast.data.decode import read_video
@@ -48,7 +61,7 @@ def test_captions_say_what_is_shown(data):
         words = entry.captions[0].split()
         colour, shape = words[1:3]
         background = np.array(BACKGROUNDS[entry.captions[0].split(" on a ")[1].removesuffix(" background")])
-        motion = next(name for name, (text, _) in MOTIONS.items() if text in entry.captions[0])
+        motion = next(name for name, words in MOTIONS.items() if words.moves in entry.captions[0])
         video = read_video(entry.file)
         assert video.shape == (33, 64, 64, 3) and shape in SHAPES
         np.testing.assert_allclose(video[:, 1, 1], np.broadcast_to(background, (33, 3)), atol=12)
@@ -56,7 +69,7 @@ def test_captions_say_what_is_shown(data):
         column, row = np.round(first).astype(int)
         np.testing.assert_allclose(video[0, row, column], COLOURS[colour], atol=25)
         moved = (last - first) / 64
-        expected = np.array(MOTIONS[motion][1])
+        expected = np.array(MOTIONS[motion].direction)
         assert (np.abs(moved) > 0.2).tolist() == (expected != 0).tolist()
         assert (moved * expected).sum() >= 0 and np.abs(moved * (expected == 0)).max() < 0.03
 
@@ -64,7 +77,7 @@ def test_captions_say_what_is_shown(data):
 def test_shapes_differ_and_edges_are_smooth():
     pictures = {}
     for shape in SHAPES:
-        scene = Scene("white", shape, "still", "black", 0.2, 0.3, (0.5, 0.5))
+        scene = Scene(Kind("white", shape, "still", "black"), 0.2, 0.3, (0.5, 0.5))
         pictures[shape] = scene.frames(1, 64)[0, :, :, 0] / 245
     areas = {shape: picture.sum() for shape, picture in pictures.items()}
     assert areas["circle"] == pytest.approx(np.pi * 12.8**2, rel=0.01)
@@ -77,13 +90,47 @@ def test_shapes_differ_and_edges_are_smooth():
 
 
 def test_every_kind_occurs():
-    scenes = [Scene.draw(number, seed=0) for number in range(270)]
-    assert len({(s.colour, s.shape, s.motion, s.background) for s in scenes}) == 270
+    scenes = [Scene.draw(number, seed=0) for number in range(len(TRAINED))]
+    assert {scene.kind for scene in scenes} == set(TRAINED)
     assert len(COLOURS) >= 6 and len(SHAPES) >= 3 and len(MOTIONS) >= 5 and len(BACKGROUNDS) >= 3
     for scene in random.Random(0).sample(scenes, 20):
         frames = scene.frames(9, 64)
-        border = np.concatenate([frames[:, [0, -1]].reshape(-1, 3), frames[:, :, [0, -1]].reshape(-1, 3)])
-        assert (border == BACKGROUNDS[scene.background]).all()  # the shape stays inside
+        background = np.array(BACKGROUNDS[scene.kind.background])
+        shown = np.abs(frames - background).sum(axis=(1, 2, 3)).astype(float)
+        assert np.ptp(shown) < 0.02 * shown.mean()  # nothing is cut off at the border on the way
+
+
+def test_held_out_kinds_cover_every_name_and_are_in_no_data_set(data):
+    assert set(HELD_OUT) | set(TRAINED) == set(KINDS) and not set(HELD_OUT) & set(TRAINED)
+    assert len(set(HELD_OUT)) == len(HELD_OUT) == 30 and len(KINDS) == 270
+    for number, names in enumerate((COLOURS, SHAPES, MOTIONS, BACKGROUNDS)):
+        counts = [sum(kind[number] == name for kind in HELD_OUT) for name in names]
+        assert min(counts) == max(counts) == 30 // len(names)
+    assert {scene.kind for scene in (Scene.draw(n, 1, HELD_OUT) for n in range(30))} == set(HELD_OUT)
+    shown = {caption for entry in read_entries(str(data / "data.txt")) for caption in entry.captions}
+    assert not shown & {caption for kind in HELD_OUT for caption in captions(kind)}
+
+
+def test_captions_say_the_same_in_several_ways(data):
+    for kind in KINDS:
+        for moving in (True, False):
+            texts = captions(kind, moving)
+            assert len(set(texts)) == 4 and not any("{" in text for text in texts)
+            for text in texts:
+                assert all(word in text for word in (kind.colour, kind.shape, kind.background))
+                assert (kind.motion in text) == (moving or kind.motion in kind.background)
+    assert all(len(entry.captions) == 4 for entry in read_entries(str(data / "data.txt")))
+
+
+def test_the_presets_data_is_made_where_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = []
+    monkeypatch.setattr("osp_fast.assets.shapes.generate_shapes", made.append)
+    ensure_data("data.txt")
+    ensure_data(None)
+    assert made == []
+    ensure_data(TRAIN_PRESETS["tiny"]["data"])
+    assert [str(folder) for folder in made] == ["tiny/data"]
 
 
 def test_the_same_again(data, tmp_path):
