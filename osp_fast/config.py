@@ -333,6 +333,7 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         data=f"{TINY_FOLDER}/data/data.txt",
         num_frames=17,
+        train_fps=12,
         max_height=64,
         max_width=64,
         force_resolution=True,

@@ -19,17 +19,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
-from osp_fast.assets.shapes import HELD_OUT, TRAINED, Scene, captions, generate_shapes
+from osp_fast.assets.shapes import FPS, HELD_OUT, TRAINED, Scene, captions, generate_shapes
 from osp_fast.assets.text_training import TextRecipe, train_text_encoder
 from osp_fast.assets.vae_training import VAERecipe, reconstruction_quality, train_vae
 from osp_fast.cli import SentenceParser
-from osp_fast.config import EMBEDDED_MODEL
+from osp_fast.config import EMBEDDED_MODEL, TRAIN_PRESETS
 from osp_fast.data.annotations import Entry, read_entries
 from osp_fast.data.decode import read_video
+from osp_fast.data.write import write_video
 from osp_fast.errors import UserError, run_entry_point
 from osp_fast.files import whole
 from osp_fast.models.dit import DIT_CONFIGS, DiT
@@ -37,12 +39,12 @@ from osp_fast.models.weights import PretrainedModel, read_recipe
 from osp_fast.models.wfvae import WFVAE, WFVAE_CONFIGS
 from osp_fast.progress import duration, say
 
-FRAMES, SIZE = 17, 64
+DRAWN_FRAMES, SIZE = 33, 64
 LARGEST = 12_000_000  # bytes of the whole model, which lies in the repository
 CARD = "card.json"
 # How the DiT is trained, beside what --preset tiny says.
 DIT_FLAGS = (
-    "--cache_variants 4 --train_batch_size 16 --learning_rate 1.5e-3 --lr_scheduler cosine --lr_warmup_steps 200"
+    "--cache_variants 4 --train_batch_size 16 --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 200"
     " --use_ema --ema_decay 0.999 --checkpointing_steps 500 --checkpoints_total_limit 2"
     " --report_to none"
 )
@@ -63,7 +65,7 @@ def build(out: Path, work: Path, sizes: Sizes) -> None:
     """Make the model in `out`, with all that is in between in `work`. Raises `UserError`."""
     clocks = Clocks(work / "seconds.json")
     with clocks.timed("data"):
-        generate_shapes(work / "data", sizes.clips, sizes.images, size=SIZE)
+        generate_shapes(work / "data", sizes.clips, sizes.images, size=SIZE, frames=DRAWN_FRAMES)
     with clocks.timed("text encoder"):
         texts = sorted({text for kind in TRAINED for moving in (True, False) for text in captions(kind, moving)})
         width = DIT_CONFIGS["tiny"].caption_channels
@@ -133,10 +135,12 @@ def _complete_or_absent(target: Path, make: Callable[[Path], None]) -> None:
 def _pack(out: Path, work: Path, sizes: Sizes, seconds: dict[str, float]) -> None:
     """Write the three models to `out`, DiT and VAE in float16, with what is known of them. Raises `UserError`."""
     average = work / "dit" / f"checkpoint-{sizes.dit_steps}" / "model_ema"
-    _complete_or_absent(work / "tiny", partial(_collect, work, average))
     made = work / "tiny"
+    shutil.rmtree(made, ignore_errors=True)
+    _collect(work, average, made)
     vae = WFVAE.from_pretrained(made / "vae").requires_grad_(False)
-    quality = reconstruction_quality(vae, held_out_clips(), FRAMES)
+    with TemporaryDirectory() as folder:
+        quality = reconstruction_quality(vae, held_out_clips(Path(folder)))
     files = {part.name: _bytes(part) for part in sorted(made.iterdir()) if part.is_dir()}
     if sum(files.values()) > LARGEST:
         raise UserError(f"{made} has {sum(files.values())} bytes, more than {LARGEST}: make a smaller model")
@@ -156,6 +160,7 @@ def _pack(out: Path, work: Path, sizes: Sizes, seconds: dict[str, float]) -> Non
 
 
 def _collect(work: Path, average: Path, out: Path) -> None:
+    """The folder as `EMBEDDED_MODEL` is, of the parts and of the DiT's averaged weights."""
     shutil.copytree(work / "text_encoder", out / "text_encoder")
     for name, model in (("vae", WFVAE.from_pretrained(work / "vae")), ("dit", DiT.from_pretrained(average))):
         model.save_pretrained(out / name, read_recipe(average) if name == "dit" else None, _halves(model))
@@ -165,9 +170,14 @@ def _halves(model: PretrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor.half() for name, tensor in model.state_dict().items()}
 
 
-def held_out_clips() -> list[np.ndarray]:
-    """One clip of each kind that is held out, uint8 (T, H, W, 3), as it is drawn."""
-    return [Scene.draw(number, seed=1, kinds=HELD_OUT).frames(33, SIZE) for number in range(len(HELD_OUT))]
+def held_out_clips(folder: Path) -> list[np.ndarray]:
+    """One clip of each kind that is held out, uint8 (17, H, W, 3), as training would see it; files go to `folder`."""
+    clips = []
+    for number in range(len(HELD_OUT)):
+        file = folder / f"{number:02d}.mp4"
+        write_video(file, Scene.draw(number, seed=1, kinds=HELD_OUT).frames(DRAWN_FRAMES, SIZE), FPS)
+        clips.append(read_video(file)[:: round(FPS / TRAIN_PRESETS["tiny"]["train_fps"])])
+    return clips
 
 
 def _bytes(folder: Path) -> int:
