@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("suites", nargs="*", metavar="SUITE", help="kernels model vae train sample parallel data (all), "
-                     "or tune, or gpu-day: the most important of one GPU in nine minutes")  # fmt: skip
+                     "or tune, prompts, or gpu-day: the most important of one GPU in nine minutes")  # fmt: skip
     run.add_argument(
         "--case", nargs="+", default=(), metavar="TEXT", help="only cases whose names contain one of these"
     )

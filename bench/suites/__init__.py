@@ -17,7 +17,7 @@ from osp_fast.errors import UserError
 SUITES = ("kernels", "model", "vae", "train", "sample", "parallel", "data")
 ON_CPU = SUITES[1:]  # those with cases for a CPU
 REASON_LENGTH = 200
-ASKED_FOR = ("tune",)  # measured only where it is named
+ASKED_FOR = ("tune", "prompts")  # measured only where it is named
 
 
 @dataclass(frozen=True)
