@@ -1,8 +1,8 @@
 """`bench run prompts`: does the embedded model show what it is asked for, with every way of sampling?
 
-Of each kind that it was not trained on (`assets/shapes.py`), clips are sampled and read by `shape_checker.py`; the score
-is the share of clips in which each of colour, shape, motion and background is right, and all of them. What is right is
-counted, not timed: it proves data, VAE, training, text, guidance, samplers and decoding together.
+Of each kind that it was not trained on (`assets/shapes.py`), clips are sampled and read by `shape_checker.py`: the
+score is the share of clips in which each of colour, shape, motion and background is right, and all of them. What is
+right is counted, not timed: it proves data, VAE, training, text, guidance, samplers and decoding together.
 
 | case | what is compared |
 |---|---|
