@@ -22,10 +22,13 @@ FAINT = 0.4  # of the shape's contrast: less is none of it
 INSIDE = 0.85  # of the shape's contrast: a pixel well inside
 AREA = (0.02, 0.25)  # of the picture
 SOLID = 0.72  # area^2 / (2 pi (mu20 + mu02)): 1 for a disc, 0.95 for a square, 0.83 for a triangle, less for two shapes
-SKEWED, FOURFOLD = 0.3, 0.3  # half of what a triangle's third moment and a square's fourth one are
+# Harmonics of moments: a triangle's third is 2.3, a square's fourth 0.6, those of the others 0. All three shapes spread
+# alike in every direction, which an ellipse, a rectangle and two discs that overlap do not.
+SKEWED, FOURFOLD, UNEVEN = 1.1, 0.3, 0.3
+PLAIN = 0.8  # of the pixels well inside have the shape's colour
 AGREEMENT = 0.6  # of the frames
 STILL, MOVING = 0.06, 0.1  # of the picture's side, from the first to the last frame
-SIDEWAYS, JUMP = 0.06, 0.12  # of the side: off the straight line, and from one frame to the next
+ASTRAY, JUMP = 0.06, 0.12  # of the side: from where constant speed would be, and from one frame to the next
 
 
 class Reading(NamedTuple):
@@ -86,7 +89,10 @@ def read_frame(frame: np.ndarray, behind: np.ndarray) -> Blob | None:
     rows, columns = np.indices(weight.shape) + 0.5
     area = weight.sum()
     centre = np.array([(weight * columns).sum(), (weight * rows).sum()]) / area
-    colour = nearest(np.median(frame[distance > INSIDE * contrast], axis=0), COLOURS)
+    inside = frame[distance > INSIDE * contrast]
+    typical = np.median(inside, axis=0)
+    plain = (np.linalg.norm(inside - typical, axis=1) < NEAR).mean() >= PLAIN
+    colour = nearest(typical, COLOURS) if plain else None
     shape = read_shape(weight, columns - centre[0], rows - centre[1])
     return Blob(centre / np.array(weight.shape[::-1]), colour, shape)
 
@@ -98,13 +104,19 @@ def read_shape(weight: np.ndarray, x: np.ndarray, y: np.ndarray) -> str | None:
         return float((weight * x**p * y**q).sum())
 
     area, spread = float(weight.sum()), moment(2, 0) + moment(0, 2)
-    if area**2 / (2 * np.pi * spread) < SOLID:
+    uneven = np.hypot(moment(2, 0) - moment(0, 2), 2 * moment(1, 1)) / spread
+    if area**2 / (2 * np.pi * spread) < SOLID or uneven > UNEVEN:
         return None
     radius = np.sqrt(spread / area / 2)
-    if abs(moment(0, 3)) / (area * radius**3) > SKEWED:
-        return "triangle"
-    fourfold = (moment(4, 0) + moment(0, 4) - 6 * moment(2, 2)) * area / spread**2
-    return "square" if fourfold < -FOURFOLD else "circle"
+    # Harmonics of the angle: (0, 2.3) is a triangle with its point up, (-0.6, 0) a square with level sides.
+    third = np.array([moment(3, 0) - 3 * moment(1, 2), 3 * moment(2, 1) - moment(0, 3)]) / (area * radius**3)
+    fourth = np.array([moment(4, 0) + moment(0, 4) - 6 * moment(2, 2), 4 * (moment(3, 1) - moment(1, 3))])
+    fourth *= area / spread**2
+    if np.hypot(*third) > SKEWED:
+        return "triangle" if third[1] > SKEWED else None
+    if np.hypot(*fourth) > FOURFOLD:
+        return "square" if fourth[0] < -FOURFOLD else None
+    return "circle"
 
 
 def read_motion(centres: np.ndarray) -> str | None:
@@ -118,10 +130,6 @@ def read_motion(centres: np.ndarray) -> str | None:
     if np.abs(centres - centres[0]).max() < STILL:
         return "still"
     along = int(np.abs(way).argmax())
-    if (
-        abs(way[along]) < MOVING
-        or np.abs(centres - line)[:, 1 - along].max() > SIDEWAYS
-        or abs(way[1 - along]) > MOVING
-    ):
+    if abs(way[along]) < MOVING or np.abs(centres - line).max() > ASTRAY or abs(way[1 - along]) > MOVING:
         return None
     return (("left", "right"), ("up", "down"))[along][int(way[along] > 0)]

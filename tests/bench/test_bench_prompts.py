@@ -18,7 +18,7 @@ SETTING = Setting(torch.device("cpu"), H100, say=lambda line: None)
 def drawn(change=lambda kind: kind):
     """In place of sampling: the clips that are asked for, or what `change` makes of the kinds."""
 
-    def sampled(setting, method, steps, samples=1, way=prompts.WAYS[OURS]):
+    def sampled(setting, method, steps, samples=1, way=prompts.WAYS[OURS], skipped=None):
         for number, kind in enumerate(HELD_OUT):
             for _ in range(samples):
                 yield Scene.draw(number, 1, [change(kind)]).frames(17, 64)
@@ -61,14 +61,15 @@ def test_other_prompts_score_what_chance_gives(monkeypatch):
     assert row.figures["colour"] == pytest.approx(4 / 29) and row.figures["shape"] == pytest.approx(9 / 29)
     # A checker that reads every clip as the same kind is right too often for one of them.
     monkeypatch.setattr(prompts, "read_kind", lambda clip: Reading(*HELD_OUT[0]))
-    monkeypatch.setattr(prompts, "CHANCE_MARGIN", 0.01)
-    assert not prompts.score_other_prompts(SETTING)[0].ok
+    (row,) = prompts.score_other_prompts(SETTING)
+    assert not row.ok and "above chance" in row.note
 
 
 def test_paths_must_score_as_the_reference(monkeypatch):
     perfect, blind = drawn(), drawn(lambda kind: kind._replace(background="grey"))
 
-    def sampled(setting, method, steps, samples=1, way=prompts.WAYS[OURS]):
+    def sampled(setting, method, steps, samples=1, way=prompts.WAYS[OURS], skipped=None):
+        skipped.append(3)
         if way.folders.get("compile"):
             raise UserError("there is no compiler")
         return (blind if way.settings else perfect)(setting, method, steps, samples, way)
@@ -78,9 +79,30 @@ def test_paths_must_score_as_the_reference(monkeypatch):
     assert next(iter(rows)) == REFERENCE and set(rows) == set(prompts.WAYS)
     assert rows[OURS].ok and rows[OURS].figures["read_as_reference"] == 1
     assert rows[f"{OURS} compiled"].note == "refused: there is no compiler"
-    worse = rows[f"{OURS} step cache 0.1"]
+    worse = rows[f"{OURS} step cache 0.2"]
     assert not worse.ok and "another score" in worse.note and worse.figures["read_as_reference"] == pytest.approx(1 / 3)
+    assert worse.role == "ours"  # so that the run ends with exit code 1
+    assert worse.figures["steps_skipped"] == 3
     assert rows[f"{OURS} bfloat16"].dtype == "bfloat16" and rows[f"{OURS} bfloat16"].ok
+
+
+def test_a_step_cache_that_skips_nothing_proves_nothing(monkeypatch):
+    def sampled(*arguments, way=prompts.WAYS[OURS], skipped, **more):
+        skipped.append(0)
+        yield from drawn()(*arguments, way=way)
+
+    monkeypatch.setattr(prompts, "sampled", sampled)
+    rows = {row.impl: row for row in prompts.score_paths(SETTING)}
+    assert rows[OURS].ok and "no step was skipped" in rows[f"{OURS} step cache 0.2"].note
+
+
+def test_without_the_reference_there_is_nothing_to_compare(monkeypatch):
+    def sampled(*arguments, **more):
+        raise UserError("there is no model")
+
+    monkeypatch.setattr(prompts, "sampled", sampled)
+    with pytest.raises(UserError, match="there is no model"):
+        list(prompts.score_paths(SETTING))
 
 
 def test_plain_calls_and_the_engine_make_the_same_clips(monkeypatch):

@@ -80,3 +80,40 @@ def test_a_wrong_name_is_read_as_what_is_shown():
     assert read_kind(scene(RED_CIRCLE)[::-1]).motion == "left"
     turned = scene(RED_CIRCLE).transpose(0, 2, 1, 3)
     assert read_kind(turned).motion == "down"
+
+
+def shown(inside, colour=(220, 40, 40)) -> np.ndarray:
+    """A clip of what stands still where `inside` (64, 64) is, on black."""
+    return np.repeat((inside[..., None] * np.array(colour)).astype(np.uint8)[None], 17, axis=0)
+
+
+def test_shapes_that_are_none_of_the_three():
+    y, x = np.indices((64, 64)) - 31.5
+    others = {
+        "square on its tip": np.abs(x) + np.abs(y) < 14,
+        "rectangle": (np.abs(x) < 13.5) & (np.abs(y) < 9),
+        "ellipse": np.hypot(x / 1.5, y) < 9,
+        "half disc": (np.hypot(x, y) < 13) & (y < 0),
+        "two discs that overlap": np.minimum(np.hypot(x - 7, y), np.hypot(x + 7, y)) < 10,
+        "triangle with its point down": np.maximum(-y, 0.75**0.5 * np.abs(x) + 0.5 * y) < 7.2,
+        "triangle with its point to the right": np.maximum(-x, 0.75**0.5 * np.abs(y) + 0.5 * x) < 7.2,
+    }
+    for name, inside in others.items():
+        assert read_kind(shown(inside)) == ("red", None, "still", "black"), name
+    assert read_kind(shown(np.hypot(x, y) < 11)).shape == "circle"
+
+
+def test_a_shape_of_two_colours_has_none():
+    y, x = np.indices((64, 64)) - 31.5
+    disc = np.hypot(x, y) < 11
+    parts = shown(disc & (x < 2)) + shown(disc & (x >= 2), COLOURS["green"])
+    assert read_kind(parts) == (None, "circle", "still", "black")
+
+
+@pytest.mark.parametrize(
+    "way", [lambda n: np.clip((n - 7) / 3, 0, 1), lambda n: n / 11 if n < 12 else 1 - (n - 11) / 11]
+)
+def test_a_shape_that_waits_and_one_that_turns_back_do_not_move_steadily(way):
+    still = Kind("white", "square", "still", "black")
+    frames = [Scene(still, 0.15, 0.4, (0.3 + 0.28 * way(n), 0.5)).frames(1, 64)[0] for n in range(17)]
+    assert read_kind(np.stack(frames)).motion is None
