@@ -63,6 +63,10 @@ class Sizes:
 
 def build(out: Path, work: Path, sizes: Sizes) -> None:
     """Make the model in `out`, with all that is in between in `work`. Raises `UserError`."""
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--work {work} cannot be written ({error.strerror}): name another folder") from error
     clocks = Clocks(work / "seconds.json")
     with clocks.timed("data"):
         generate_shapes(work / "data", sizes.clips, sizes.images, size=SIZE, frames=DRAWN_FRAMES)
@@ -99,7 +103,6 @@ class Clocks:
             yield
         finally:
             self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - begin, 1)
-            self._file.parent.mkdir(parents=True, exist_ok=True)
             with whole(self._file) as unfinished:
                 unfinished.write_text(json.dumps(self.seconds))
 
