@@ -29,7 +29,7 @@ ALLOWED = {
     | {"checks", "progress", "device", "models", "diffusion", "data", "parallel", "engine", "training", "pipeline"}
     | {"sample_files"},
     "validation": LEAVES | {"device", "models", "diffusion", "data", "training", "pipeline", "sample_files"},
-    "assets": LEAVES | {"kernels", "models", "data"},
+    "assets": LEAVES | {"cli", "progress", "models", "data"},
 }
 ENTRY_POINTS = {"train", "sample", "serve", "inspect", "demo", "reconstruct", "encode"}
 BENCH_MAY_NOT_IMPORT = {"tests", "kernels", "av", "PIL", "diffusers", "transformers", "tensorboard"}

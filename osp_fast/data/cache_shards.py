@@ -9,7 +9,9 @@ import fcntl
 import json
 import os
 import re
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ from osp_fast.files import sync
 
 SHARD_BYTES = 256 << 20
 SHARD_ITEMS, SHARD_RECORD_BYTES = 1024, 16 << 20  # readers take headers of up to 100 MB
+MAPPED_SHARDS = 256  # headers of 100 MB in all, where items are small
 SHARD_SECONDS = 60.0  # what a kill loses at most
 _NAME = re.compile(r"(\d{6,})-r(\d{4,})\.safetensors")
 
@@ -106,15 +109,38 @@ def read_records(shard: Path) -> dict[str, dict[str, Any]]:
         ) from None
 
 
-def read_tensor(shard: Path, name: str) -> Tensor:
-    """An item's tensor, in memory of its own. Raises `UserError`."""
-    from safetensors import SafetensorError, safe_open
+class ShardReader:
+    """Reads items' tensors; a shard's header, which takes milliseconds, is parsed once while its file is the same.
 
-    try:
-        with safe_open(shard, framework="pt") as opened:
-            return opened.get_tensor(name).clone()
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{shard}: {name} cannot be read ({error}): run python -m osp_fast.encode again") from None
+    The shards that were used last stay mapped. May be used by many threads.
+    """
+
+    def __init__(self) -> None:
+        self._opened: OrderedDict[Path, tuple[tuple[int, ...], Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def tensor(self, shard: Path, name: str) -> Tensor:
+        """An item's tensor, in memory of its own. Raises `UserError`."""
+        from safetensors import SafetensorError
+
+        try:
+            return self._open(shard).get_tensor(name).clone()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{shard}: {name} cannot be read ({error}): run python -m osp_fast.encode again") from None
+
+    def _open(self, shard: Path) -> Any:
+        from safetensors import safe_open
+
+        status = shard.stat()  # a mapped file that was cut short would kill the process
+        version = (status.st_ino, status.st_size, status.st_mtime_ns)
+        with self._lock:
+            known = self._opened.pop(shard, None)
+            if known is None or known[0] != version:
+                known = (version, safe_open(shard, framework="pt"))
+            self._opened[shard] = known
+            while len(self._opened) > MAPPED_SHARDS:
+                self._opened.popitem(last=False)
+            return known[1]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from torch import Tensor
 from osp_fast.config import DataConfig
 from osp_fast.data.annotations import Entry
 from osp_fast.data.buckets import Clip, Plan
-from osp_fast.data.cache_shards import read_records, read_tensor, shards
+from osp_fast.data.cache_shards import ShardReader, read_records, shards
 from osp_fast.data.captions import training_caption
 from osp_fast.data.clip_request import DecodeError
 from osp_fast.data.frames import frame_indices
@@ -159,6 +159,7 @@ class LatentCache:
         self._clips: dict[str, list[_Item]] = {}
         self._texts: dict[str, tuple[Path, str]] = {}
         self._names: set[str] = set()
+        self._reader = ShardReader()
         for shard in shards(self.folder / SHARDS):
             for name, record in read_records(shard).items():
                 try:
@@ -183,7 +184,7 @@ class LatentCache:
         place = self._texts.get(caption_key(caption))
         if place is None:
             raise Missing(f"the caption {caption[:60]!r} is not encoded")
-        return read_tensor(*place)
+        return self._reader.tensor(*place)
 
     def find(self, clip: Clip, indices: list[int]) -> _Item:
         """The item of a clip as its file is now. Raises `Missing`."""
@@ -207,7 +208,7 @@ class LatentCache:
         item = self.find(clip, indices)
         if item.reject is not None:
             raise DecodeError(item.reject, item.whole_file)
-        return read_tensor(item.shard, item.name)
+        return self._reader.tensor(item.shard, item.name)
 
 
 def captions(plan: Plan, config: DataConfig, chinese: bool) -> list[str]:

@@ -3,8 +3,11 @@
 import json
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +16,7 @@ from osp_fast.config import DataConfig
 from osp_fast.data import cache_shards
 from osp_fast.data.annotations import Entry
 from osp_fast.data.buckets import Bucket, Clip, Plan
-from osp_fast.data.cache_shards import ShardWriter, locked, read_records, read_tensor, shards
+from osp_fast.data.cache_shards import ShardReader, ShardWriter, locked, read_records, shards
 from osp_fast.data.clip_request import DecodeError
 from osp_fast.data.geometry import Geometry
 from osp_fast.data.identity import MISSING, Identities
@@ -97,8 +100,52 @@ def test_shards_hold_what_was_added(tmp_path_factory, items):
         "nothing": "none",
     }
     for name, tensor in tensors.items():
-        found = read_tensor(shard, name)
+        found = ShardReader().tensor(shard, name)
         assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+
+
+def write_shard(folder: Path, values: list[float]) -> Path:
+    folder.mkdir(exist_ok=True)
+    writer = ShardWriter(folder, 0)
+    for number, value in enumerate(values):
+        writer.add(str(number), torch.tensor([value]), {})
+    writer.flush()
+    return shards(folder)[-1]
+
+
+def test_a_header_is_parsed_once_for_all_items_and_threads(tmp_path, monkeypatch):
+    opened = []
+    plain = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", lambda path, **options: opened.append(path) or plain(path, **options))
+    files = [write_shard(tmp_path, [10.0 * shard + item for item in range(8)]) for shard in range(3)]
+    reader = ShardReader()
+    places = [(shard, item) for shard in range(3) for item in range(8)] * 4
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda place: reader.tensor(files[place[0]], str(place[1])).item(), places))
+    assert found == [10.0 * shard + item for shard, item in places]
+    assert sorted(opened) == files
+
+    monkeypatch.setattr(cache_shards, "MAPPED_SHARDS", 2)
+    opened.clear()
+    reader = ShardReader()
+    for shard in (0, 1, 2, 2, 1, 0):
+        reader.tensor(files[shard], "0")
+    assert opened == [*files, files[0]]
+
+
+def test_a_file_that_changes_while_it_is_mapped(tmp_path):
+    shard = write_shard(tmp_path / "a", [1.0, 2.0])
+    reader = ShardReader()
+    assert reader.tensor(shard, "1") == 2
+    other = write_shard(tmp_path / "b", [3.0, 4.0, 5.0])
+    shard.write_bytes(other.read_bytes())
+    assert reader.tensor(shard, "1") == 4
+    shard.write_bytes(other.read_bytes()[:40])
+    with pytest.raises(UserError, match=f"{shard.name}: 1 cannot be read .*osp_fast.encode"):
+        reader.tensor(shard, "1")
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name}: 1 cannot be read .*No such file"):
+        reader.tensor(shard, "1")
 
 
 @pytest.mark.parametrize("limit", ["SHARD_BYTES", "SHARD_ITEMS", "SHARD_SECONDS"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from osp_fast.data.cache_shards import read_records, read_tensor, shards
+from osp_fast.data.cache_shards import ShardReader, read_records, shards
 from osp_fast.data.latent_cache import SHARDS
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ def losses(folder: Path) -> list[float]:
 def contents(cache: Path) -> dict[str, torch.Tensor]:
     """Name -> tensor of all items."""
     return {
-        name: read_tensor(shard, name)
+        name: ShardReader().tensor(shard, name)
         for shard in shards(cache / SHARDS)
         for name, record in read_records(shard).items()
         if "reject" not in record
