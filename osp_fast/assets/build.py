@@ -45,11 +45,9 @@ CARD = "card.json"
 # How the DiT is trained, beside what --preset tiny says.
 DIT_FLAGS = (
     "--cache_variants 4 --train_batch_size 16 --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 200"
-    " --use_ema --ema_decay 0.999 --checkpointing_steps 500 --checkpoints_total_limit 2"
+    " --cfg 0.2 --use_ema --ema_decay 0.999 --checkpointing_steps 500 --checkpoints_total_limit 2"
     " --report_to none"
 )
-# Of its second stage: what it predicts without a prompt, which guidance multiplies, needs as long to learn as the rest.
-SECOND_STAGE_FLAGS = "--cfg 0.25"
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,7 @@ class Sizes:
     images: int = 480
     text_steps: int = TextRecipe.steps
     vae_steps: int = VAERecipe.steps
-    dit_steps: int = 11000
-    dit_second_steps: int = 22000
+    dit_steps: int = 12000
 
 
 def build(out: Path, work: Path, sizes: Sizes) -> None:
@@ -85,10 +82,9 @@ def build(out: Path, work: Path, sizes: Sizes) -> None:
     with clocks.timed("latents"):
         _type("osp_fast.encode", shared, work)
     with clocks.timed("dit"):
-        first = _train_dit(shared, work / "dit_1", sizes.dit_steps)
-        further = ["--pretrained", str(first.relative_to(work)), *shlex.split(SECOND_STAGE_FLAGS)]
-        average = _train_dit([*shared, *further], work / "dit_2", sizes.dit_second_steps)
-    _pack(out, work, average, sizes, clocks.seconds)
+        steps = ["--max_train_steps", str(sizes.dit_steps), "--output_dir", "dit", "--resume_from_checkpoint", "latest"]
+        _type("osp_fast.train", [*shared, *steps], work)
+    _pack(out, work, sizes, clocks.seconds)
 
 
 class Clocks:
@@ -119,24 +115,6 @@ def _type(module: str, arguments: Sequence[str], folder: Path) -> None:
         raise UserError(f"python -m {module} ended with code {done.returncode}: its message stands above")
 
 
-def _train_dit(flags: Sequence[str], out: Path, steps: int) -> Path:
-    """Train a DiT, on from the newest checkpoint in `out`. Returns the folder of its averaged weights."""
-    average = out / f"checkpoint-{steps}" / "model_ema"
-    if average.exists():
-        say(f"{average} is there")
-    else:
-        steps_and_out = [
-            "--max_train_steps",
-            str(steps),
-            "--output_dir",
-            out.name,
-            "--resume_from_checkpoint",
-            "latest",
-        ]
-        _type("osp_fast.train", [*flags, *steps_and_out], out.parent)
-    return average
-
-
 def _make_vae(work: Path, recipe: VAERecipe, out: Path) -> None:
     """Train the VAE on the clips and write it to `out`."""
     entries = read_entries(str(work / "data/data.txt"))
@@ -157,8 +135,9 @@ def _complete_or_absent(target: Path, make: Callable[[Path], None]) -> None:
         raise UserError(f"{target} cannot be written ({error.strerror}): make room or name another --work") from error
 
 
-def _pack(out: Path, work: Path, average: Path, sizes: Sizes, seconds: dict[str, float]) -> None:
+def _pack(out: Path, work: Path, sizes: Sizes, seconds: dict[str, float]) -> None:
     """Write the three models to `out`, DiT and VAE in float16, with what is known of them. Raises `UserError`."""
+    average = work / "dit" / f"checkpoint-{sizes.dit_steps}" / "model_ema"
     made = work / "tiny"
     shutil.rmtree(made, ignore_errors=True)
     _collect(work, average, made)

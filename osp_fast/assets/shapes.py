@@ -58,8 +58,8 @@ MOTIONS = {
     "down": Motion("moves down", "moving down", (0, 1)),
     "still": Motion("stays still", "standing still", (0, 0)),
 }
-RADIUS = (0.14, 0.2)  # of a shape, as a part of the picture's side
-TRAVEL = (0.3, 0.45)  # of a moving shape from first to last frame, as a part of the picture's side
+RADIUS = (0.19, 0.24)  # of a shape, as a part of the picture's side
+TRAVEL = (0.3, 0.4)  # of a moving shape from first to last frame, as a part of the picture's side
 PICKLED_PART = 0.2  # of the clips, described in a .pkl instead of the .json
 DATA_ROOT = "shapes"
 REPORT_EVERY = 50  # files between two lines of progress
@@ -186,7 +186,7 @@ def generate_shapes(
     bytes with the same versions of the libraries. Raises UserError if the folder holds anything else.
     """
     folder = Path(folder)
-    arguments = dict(clips=clips, images=images, size=size, frames=frames, seed=seed, version=2)
+    arguments = dict(clips=clips, images=images, size=size, frames=frames, seed=seed, version=3)
     mark = folder / "generated.json"
 
     def finished() -> bool:

@@ -30,14 +30,20 @@ MAX_GRAD_NORM = 0.1  # less than most steps have until they slow down: without i
 
 @dataclass(frozen=True)
 class VAERecipe:
-    """How long and how the VAE learns. `kl` weighs the KL term, in nats per latent, against squared error per value."""
+    """How long and how the VAE learns.
+
+    frames, strides: of a window, and every which frame of the clip it has, one of them
+    kl: weighs the KL term, nats per latent, against squared error per value. At its minimum the noise of the posterior
+    adds about half of it to the error; so much error of a diffusion model the decoder bears.
+    """
 
     steps: int = 2000
     batch: int = 8
     frames: int = 9
+    strides: tuple[int, ...] = (1, 2)
     learning_rate: float = 1.5e-3
     warm_up: int = 100
-    kl: float = 5e-5
+    kl: float = 5e-4
     save_every: int = 200
     seed: int = 0
 
@@ -73,7 +79,7 @@ def train_vae(clips: Sequence[np.ndarray], config: WFVAEConfig, recipe: VAERecip
         if done % recipe.save_every == 0 or done == recipe.steps:
             _save(work / STATE, identity, vae, optimizer, done)
     progress.close()
-    return with_unit_latents(vae, clips, recipe.frames)
+    return with_unit_latents(vae, [clip[:: max(recipe.strides)][: recipe.frames] for clip in clips])
 
 
 def learning_rate(step: int, recipe: VAERecipe) -> float:
@@ -89,8 +95,10 @@ def draw_windows(clips: Sequence[np.ndarray], recipe: VAERecipe, step: int) -> T
     draw = python_random("vae windows", recipe.seed, step)
     windows = []
     for clip in (clips[draw.randrange(len(clips))] for _ in range(recipe.batch)):
-        begin = draw.randint(0, len(clip) - recipe.frames)
-        windows.append(as_pixels(clip[begin : begin + recipe.frames]))
+        stride = draw.choice(recipe.strides)
+        reach = (recipe.frames - 1) * stride + 1
+        begin = draw.randint(0, len(clip) - reach)
+        windows.append(as_pixels(clip[begin : begin + reach : stride]))
     return torch.stack(windows)
 
 
@@ -110,14 +118,14 @@ def psnr(error: float) -> float:
 
 
 @torch.no_grad()
-def with_unit_latents(vae: WFVAE, clips: Sequence[np.ndarray], frames: int) -> WFVAE:
+def with_unit_latents(vae: WFVAE, clips: Sequence[np.ndarray]) -> WFVAE:
     """The VAE with shift and scale of its config set so that the clips' latents have zero means and unit variance.
 
     One scale for all channels: a faint channel stays faint, and takes no more of a small model's attention than its
     share of the picture.
     """
     parts = [clips[i : i + ENCODED_AT_ONCE] for i in range(0, len(clips), ENCODED_AT_ONCE)]
-    means = [vae.encode(torch.stack([as_pixels(clip[:frames]) for clip in part])).mean for part in parts]
+    means = [vae.encode(torch.stack([as_pixels(clip) for clip in part])).mean for part in parts]
     values = torch.cat(means).transpose(0, 1).flatten(1).double()
     shift = values.mean(1)
     scale = 1 / (values - shift[:, None]).square().mean().sqrt()
