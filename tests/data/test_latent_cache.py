@@ -99,8 +99,9 @@ def test_shards_hold_what_was_added(tmp_path_factory, items):
         **{name: name for name in tensors},
         "nothing": "none",
     }
+    reader = ShardReader()
     for name, tensor in tensors.items():
-        found = ShardReader().tensor(shard, name)
+        found = reader.tensor(shard, name)
         assert found.dtype == tensor.dtype and torch.equal(found, tensor)
 
 

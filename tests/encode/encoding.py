@@ -25,8 +25,9 @@ def losses(folder: Path) -> list[float]:
 
 def contents(cache: Path) -> dict[str, torch.Tensor]:
     """Name -> tensor of all items."""
+    reader = ShardReader()
     return {
-        name: ShardReader().tensor(shard, name)
+        name: reader.tensor(shard, name)
         for shard in shards(cache / SHARDS)
         for name, record in read_records(shard).items()
         if "reject" not in record
