@@ -1,10 +1,10 @@
 """What a clip of the generated kind shows, read from its pixels: colour, shape, motion and background.
 
 The background is the colour of the border. A pixel's weight is its distance from the background as a part of the
-shape's, so that blurred edges count in part. Shapes differ in central moments: a triangle is skewed (third order), a
-square has its fourth-order moment of fourfold symmetry, a disc neither. Motion is the track of the centroids. What
-cannot be read, because it is none of what `assets/shapes.py` draws, is None: a checker that always names something
-would find in noise what was asked for.
+shape's, so that blurred edges count in part. Shapes differ in central moments: a bar spreads farther to the sides than
+up and down, a ring farther than a disc of its area. Motion is the track of the centroids. What cannot be read, because
+it is none of what `assets/shapes.py` draws, is None: a checker that always names something would find in noise what was
+asked for.
 """
 
 from collections import Counter
@@ -21,10 +21,15 @@ CONTRAST = 40.0  # levels: a shape differs from the background by more
 FAINT = 0.4  # of the shape's contrast: less is none of it
 INSIDE = 0.85  # of the shape's contrast: a pixel well inside
 AREA = (0.02, 0.25)  # of the picture
-SOLID = 0.72  # area^2 / (2 pi (mu20 + mu02)): 1 for a disc, 0.95 for a square, 0.83 for a triangle, less for two shapes
-# Harmonics of moments: a triangle's third is 2.3, a square's fourth 0.6, those of the others 0. All three shapes spread
-# alike in every direction, which an ellipse, a rectangle and two discs that overlap do not.
-SKEWED, FOURFOLD, UNEVEN = 1.1, 0.3, 0.3
+# How solid a shape is: area^2 / (4 pi sqrt(mu20 mu02)): 1 for a disc and an ellipse, 0.95 for a bar, 0.54 for the ring.
+SOLID, HOLLOW = 0.87, (0.4, 0.72)
+HOLE = 0.35  # of the weight of a pixel well inside: the middle of a ring has less
+# How uneven it spreads: (mu20 - mu02) / (mu20 + mu02) is 0.67 for a bar and 0 for the others; 2 mu11 over the same sum
+# is 0 for all, but not for what lies aslant.
+ROUND, LONG = 0.2, (0.45, 0.85)
+# Harmonics of moments: a triangle's third is 2.3, a half disc's 1.2, a square's fourth 0.6, those of disc and ring 0. A
+# bar squeezed until it spreads evenly is a square, which an ellipse and two discs that overlap are not.
+SKEWED, FOURFOLD, LIKE_A_SQUARE = 0.5, 0.3, -0.4
 PLAIN = 0.8  # of the pixels well inside have the shape's colour
 AGREEMENT = 0.6  # of the frames
 STILL, MOVING = 0.06, 0.1  # of the picture's side, from the first to the last frame
@@ -98,25 +103,32 @@ def read_frame(frame: np.ndarray, behind: np.ndarray) -> Blob | None:
 
 
 def read_shape(weight: np.ndarray, x: np.ndarray, y: np.ndarray) -> str | None:
-    """circle, square or triangle by the central moments of weights at x, y (all (H, W)); None for what is not solid."""
-
-    def moment(p: int, q: int) -> float:
-        return float((weight * x**p * y**q).sum())
-
-    area, spread = float(weight.sum()), moment(2, 0) + moment(0, 2)
-    uneven = np.hypot(moment(2, 0) - moment(0, 2), 2 * moment(1, 1)) / spread
-    if area**2 / (2 * np.pi * spread) < SOLID or uneven > UNEVEN:
+    """circle, ring or bar by the central moments of weights at x, y (all (H, W)); None for any other."""
+    area, wide, high = (float((weight * values).sum()) for values in (1, x**2, y**2))
+    solid = area**2 / (4 * np.pi * np.sqrt(wide * high))
+    uneven, oblique = (wide - high) / (wide + high), 2 * float((weight * x * y).sum()) / (wide + high)
+    long = LONG[0] < uneven < LONG[1]
+    third, fourth = harmonics(weight, x / np.sqrt(wide / area), y / np.sqrt(high / area))
+    if abs(oblique) > ROUND or third > SKEWED or not (long or abs(uneven) < ROUND):
         return None
-    radius = np.sqrt(spread / area / 2)
-    # Harmonics of the angle: (0, 2.3) is a triangle with its point up, (-0.6, 0) a square with level sides.
-    third = np.array([moment(3, 0) - 3 * moment(1, 2), 3 * moment(2, 1) - moment(0, 3)]) / (area * radius**3)
-    fourth = np.array([moment(4, 0) + moment(0, 4) - 6 * moment(2, 2), 4 * (moment(3, 1) - moment(1, 3))])
-    fourth *= area / spread**2
-    if np.hypot(*third) > SKEWED:
-        return "triangle" if third[1] > SKEWED else None
-    if np.hypot(*fourth) > FOURFOLD:
-        return "square" if fourth[0] < -FOURFOLD else None
-    return "circle"
+    if long:
+        return "bar" if solid > SOLID and fourth.real < LIKE_A_SQUARE else None
+    if abs(fourth) > FOURFOLD:
+        return None
+    if solid > SOLID:
+        return "circle"
+    middle = weight[np.hypot(x, y) < 0.5 * np.sqrt((wide + high) / area / 2)]
+    return "ring" if HOLLOW[0] < solid < HOLLOW[1] and middle.mean() < HOLE else None
+
+
+def harmonics(weight: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[float, complex]:
+    """Third (its size) and fourth harmonic of the angle in moments of weights at x, y (all (H, W)), which spread by 1.
+
+    A square's fourth is -0.6 with level sides, 0.6 on its tip, imaginary halfway between.
+    """
+    angle = (x + 1j * y) / np.sqrt(2)
+    area = weight.sum()
+    return float(abs((weight * angle**3).sum() / area)) * 2**1.5, complex((weight * angle**4).sum() / area)
 
 
 def read_motion(centres: np.ndarray) -> str | None:

@@ -17,10 +17,10 @@ from osp_fast.errors import UserError, run_entry_point
 # One of each motion; the model was trained on none of these combinations.
 PROMPTS = (
     "a red circle moves to the right on a dark blue background",
-    "a yellow square moves to the left on a grey background",
-    "a blue square moves up on a dark blue background",
-    "a purple square moves down on a black background",
-    "a green triangle stays still on a dark blue background",
+    "a yellow ring moves to the left on a grey background",
+    "a white ring moves up on a dark blue background",
+    "a blue bar moves down on a grey background",
+    "a green bar stays still on a dark blue background",
 )
 STEPS = 40
 LEARNING_RATE = 1e-4  # of a model that knows its subject already

@@ -1,5 +1,6 @@
 """The generated data set: what its captions say is what its pictures show, in the layout that training reads."""
 
+import itertools
 import json
 import os
 import pickle
@@ -81,12 +82,14 @@ def test_shapes_differ_and_edges_are_smooth():
         pictures[shape] = scene.frames(1, 64)[0, :, :, 0] / 245
     areas = {shape: picture.sum() for shape, picture in pictures.items()}
     assert areas["circle"] == pytest.approx(np.pi * 12.8**2, rel=0.01)
-    assert areas["square"] == pytest.approx((2 * 0.89 * 12.8) ** 2, rel=0.02)
-    assert areas["triangle"] == pytest.approx(3 * 3**0.5 * (0.6 * 12.8) ** 2, rel=0.04)
+    assert areas["ring"] == pytest.approx(areas["circle"], rel=0.02)
+    assert areas["bar"] == pytest.approx(areas["circle"], rel=0.02)
     for picture in pictures.values():
         assert ((picture > 0.02) & (picture < 0.98)).sum() > 20
-    widths = pictures["triangle"].sum(axis=1)
-    assert widths[37] > 15 and widths[22] < 8 and widths[41:].sum() < 1  # point up
+    for one, other in itertools.combinations(pictures.values(), 2):
+        assert np.abs(one - other).sum() > 0.7 * areas["circle"]
+    assert pictures["ring"][32, 32] == 0 and pictures["ring"][32, 20] == 1
+    assert pictures["bar"].sum(axis=1).max() == pytest.approx(2 * 1.33 * 12.8, abs=1)  # level
 
 
 def test_every_kind_occurs():

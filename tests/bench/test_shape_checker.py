@@ -53,13 +53,13 @@ def test_two_shapes_and_strange_colours_are_none():
 
 
 def test_a_clip_that_changes_half_way_agrees_with_nothing():
-    first, second = scene(RED_CIRCLE), scene(RED_CIRCLE._replace(colour="green", shape="square"))
+    first, second = scene(RED_CIRCLE), scene(RED_CIRCLE._replace(colour="green", shape="bar"))
     mixed = np.concatenate([first[:8], second[8:]])
     assert read_kind(mixed)[:2] == (None, None) and read_kind(mixed).motion == "right"
 
 
 def test_motions_that_are_none():
-    still = Kind("white", "square", "still", "black")
+    still = Kind("white", "ring", "still", "black")
     here, there = scene(still, (0.3, 0.5)), scene(still, (0.7, 0.5))
     assert read_kind(np.concatenate([here[:8], there[8:]])).motion is None  # a jump
     diagonal = np.stack([Scene(still, 0.15, 0.4, (0.3 + 0.02 * n, 0.3 + 0.02 * n)).frames(1, 64)[0] for n in range(17)])
@@ -89,18 +89,29 @@ def shown(inside, colour=(220, 40, 40)) -> np.ndarray:
 
 def test_shapes_that_are_none_of_the_three():
     y, x = np.indices((64, 64)) - 31.5
+    distance, off_centre = np.hypot(x, y), np.hypot(x - 5, y)
     others = {
+        "square": np.maximum(np.abs(x), np.abs(y)) < 11,
         "square on its tip": np.abs(x) + np.abs(y) < 14,
-        "rectangle": (np.abs(x) < 13.5) & (np.abs(y) < 9),
+        "rectangle that is hardly longer": (np.abs(x) < 13.5) & (np.abs(y) < 9),
+        "rectangle that stands": (np.abs(x) < 6) & (np.abs(y) < 14),
+        "rectangle aslant": (np.abs(x + y) < 20) & (np.abs(x - y) < 9),
+        "two rectangles": (np.abs(x) < 15) & (np.abs(y) > 3) & (np.abs(y) < 8),
         "ellipse": np.hypot(x / 1.5, y) < 9,
-        "half disc": (np.hypot(x, y) < 13) & (y < 0),
+        "long ellipse": np.hypot(x / 2.2, y) < 7,
+        "half disc": (distance < 13) & (y < 0),
         "two discs that overlap": np.minimum(np.hypot(x - 7, y), np.hypot(x + 7, y)) < 10,
-        "triangle with its point down": np.maximum(-y, 0.75**0.5 * np.abs(x) + 0.5 * y) < 7.2,
-        "triangle with its point to the right": np.maximum(-x, 0.75**0.5 * np.abs(y) + 0.5 * x) < 7.2,
+        "triangle": np.maximum(y, 0.75**0.5 * np.abs(x) - 0.5 * y) < 7.2,
+        "square frame": (np.maximum(np.abs(x), np.abs(y)) < 12) & (np.maximum(np.abs(x), np.abs(y)) > 6),
+        "ring that is open": (np.abs(distance - 11) < 3) & ~((np.abs(y) < 5) & (x > 0)),
+        "disc with a hole at its side": (distance < 13) & (off_centre > 6),
+        "cross": np.minimum(np.maximum(np.abs(x) - 14, np.abs(y) - 4), np.maximum(np.abs(y) - 14, np.abs(x) - 4)) < 0,
     }
     for name, inside in others.items():
         assert read_kind(shown(inside)) == ("red", None, "still", "black"), name
-    assert read_kind(shown(np.hypot(x, y) < 11)).shape == "circle"
+    assert read_kind(shown(distance < 11)).shape == "circle"
+    assert read_kind(shown(np.abs(distance - 11) < 3)).shape == "ring"
+    assert read_kind(shown((np.abs(x) < 15) & (np.abs(y) < 7))).shape == "bar"
 
 
 def test_a_shape_of_two_colours_has_none():
@@ -114,6 +125,6 @@ def test_a_shape_of_two_colours_has_none():
     "way", [lambda n: np.clip((n - 7) / 3, 0, 1), lambda n: n / 11 if n < 12 else 1 - (n - 11) / 11]
 )
 def test_a_shape_that_waits_and_one_that_turns_back_do_not_move_steadily(way):
-    still = Kind("white", "square", "still", "black")
+    still = Kind("white", "ring", "still", "black")
     frames = [Scene(still, 0.15, 0.4, (0.3 + 0.28 * way(n), 0.5)).frames(1, 64)[0] for n in range(17)]
     assert read_kind(np.stack(frames)).motion is None
