@@ -58,7 +58,7 @@ class Sizes:
     images: int = 480
     text_steps: int = TextRecipe.steps
     vae_steps: int = VAERecipe.steps
-    dit_steps: int = 12000
+    dit_steps: int = 16000
 
 
 def build(out: Path, work: Path, sizes: Sizes) -> None:
