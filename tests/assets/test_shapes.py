@@ -68,7 +68,9 @@ def test_captions_say_what_is_shown(data):
         np.testing.assert_allclose(video[:, 1, 1], np.broadcast_to(background, (33, 3)), atol=12)
         first, last = centre(video[0], background), centre(video[-1], background)
         column, row = np.round(first).astype(int)
-        np.testing.assert_allclose(video[0, row, column], COLOURS[colour], atol=25)
+        in_the_middle = background if shape == "ring" else COLOURS[colour]
+        np.testing.assert_allclose(video[0, row, column], in_the_middle, atol=25)
+        assert np.linalg.norm(video[0].astype(float) - COLOURS[colour], axis=-1).min() < 25
         moved = (last - first) / 64
         expected = np.array(MOTIONS[motion].direction)
         assert (np.abs(moved) > 0.2).tolist() == (expected != 0).tolist()
@@ -87,7 +89,7 @@ def test_shapes_differ_and_edges_are_smooth():
     for picture in pictures.values():
         assert ((picture > 0.02) & (picture < 0.98)).sum() > 20
     for one, other in itertools.combinations(pictures.values(), 2):
-        assert np.abs(one - other).sum() > 0.7 * areas["circle"]
+        assert np.abs(one - other).sum() > 0.55 * areas["circle"]
     assert pictures["ring"][32, 32] == 0 and pictures["ring"][32, 20] == 1
     assert pictures["bar"].sum(axis=1).max() == pytest.approx(2 * 1.33 * 12.8, abs=1)  # level
 
